@@ -1,0 +1,91 @@
+"""What a saved folder holds beside weights and config, so that every runtime loads it as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
+
+from .configuration_querit import ACTIVATION
+
+if TYPE_CHECKING:
+    from .modeling_querit import QueritPreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+_FORWARD = {"method": "forward", "method_output_name": "logits"}
+# What sentence-transformers reads. Without the "message" entry it would not use the chat template, silently.
+SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "sequence-classification",
+        "module_output_name": "scores",
+        "modality_config": {"text": _FORWARD, "message": _FORWARD | {"format": "flat"}},
+    },
+    "config_sentence_transformers.json": {
+        "model_type": "CrossEncoder",
+        "activation_fn": ACTIVATION,
+        "prompts": {},
+        "default_prompt_name": None,
+    },
+}
+
+CARD_STUB = """---
+library_name: transformers
+pipeline_tag: text-ranking
+tags:
+- reranker
+- cross-encoder
+- sentence-transformers
+- querit
+---
+
+# A Querit reranker
+
+Scores in [-1, 1] how well a document meets a query; the method is Querit-Reranker
+([arXiv 2606.19037](https://arxiv.org/abs/2606.19037)). Say here what it was trained on, what it was measured on, and
+under which licence the backbone and the data allow its use.
+
+```python
+from sentence_transformers import CrossEncoder
+
+model = CrossEncoder("{name}", trust_remote_code=True)
+model.rank("who wrote Faust", ["Goethe finished Faust in 1831.", "A fist is a closed hand."])
+```
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
+model.rank("who wrote Faust", ["Goethe finished Faust in 1831.", "A fist is a closed hand."])
+```
+
+A special token's name inside a query or document (`[CLS]`, say) is plain text for `model.rank`; runtimes that tokenize
+by themselves, sentence-transformers and vLLM among them, take it for the token.
+"""
+
+
+def write_folder_files(model: QueritPreTrainedModel, folder: str | os.PathLike) -> None:
+    """Write code files, tokenizer, the sentence-transformers files, and a card stub where there is no card yet.
+
+    A model that was built from a config and never given a processor has no tokenizer to write; that is warned of.
+    """
+    folder = Path(folder)
+    custom_object_save(model, folder)
+    for name, content in SENTENCE_TRANSFORMERS_FILES.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    card = folder / "README.md"
+    if not card.exists():
+        card.write_text(CARD_STUB.replace("{name}", folder.name))
+    try:
+        processor = model.processor
+    except ValueError as error:
+        logger.warning(f"{folder} is written without a tokenizer. {error}")
+    else:
+        processor.save_pretrained(folder)

@@ -1,0 +1,343 @@
+"""Querit rerankers: a causal decoder of transformers, read at the final `[CLS]`, under a two-logit head."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .configuration_querit import QueritConfig
+from .folder_querit import write_folder_files
+from .loss_querit import pairwise_hinge_loss
+from .processing_querit import QueritProcessor
+from .ranking_querit import Document, RankedDocument, rank_documents, score_pairs
+
+logger = logging.get_logger(__name__)
+
+# Published checkpoints call the head `head`.
+_PUBLISHED_KEYS = {r"^head\.": "score."}
+
+
+@dataclass
+class QueritOutput(ModelOutput):
+    """What a Querit model returns.
+
+    Args:
+        loss: Pairwise hinge loss, a float32 scalar; only where `labels` and `query_ids` were given.
+        logits: float32; (batch, 2) = [z0, z1] from the ranking model, (batch, 1) = (z1 - z0) / 2 from the classifier.
+        score: The published relevance score p1 - p0 in [-1, 1], float32, (batch, 1).
+        hidden_states, attentions: the backbone's, where asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    score: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class QueritHead(nn.Linear):
+    """`W h + b` in float32, whatever the dtype of the weights, of `h` or of an autocast around it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+
+
+class QueritPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation of Querit models."""
+
+    config_class = QueritConfig
+    base_model_prefix = "model"
+    # The loss is a mean over pairs: without this the Trainer would not divide it by the accumulation steps.
+    accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"rotary_emb\.inv_freq$"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, QueritHead):
+            # At zero, not at random: decoders' final states are large, and a random head saturates p1 - p0,
+            # where the hinge has no gradient. A head at zero starts every score at 0 and learns at full slope.
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
+        """Load a Querit folder or repository, in our layout or as published; see `PreTrainedModel.from_pretrained`.
+
+        Published layouts: config.json of the backbone (`qwen3`, `deepseek_v3`), head as `head.weight` and
+        `head.bias`, backbone keys with or without `model.`, one key an expert.
+
+        Raises:
+            ValueError: if a weight is missing from the checkpoint or has another shape; the message names the keys.
+        """
+        with_loading_info = kwargs.pop("output_loading_info", False)
+        may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        key_mapping = _PUBLISHED_KEYS | (kwargs.pop("key_mapping", None) or {})
+        # Sizes are let through here, so that our own error can name the key in one sentence.
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            key_mapping=key_mapping,
+            **kwargs,
+        )
+        _check_loaded(pretrained_model_name_or_path, info, may_mismatch)
+        model._save_under_own_keys()
+        model._hub_kwargs = {
+            name: kwargs[name]
+            for name in ("revision", "subfolder", "cache_dir", "token", "local_files_only")
+            if kwargs.get(name) is not None
+        }
+        return (model, info) if with_loading_info else model
+
+    def _save_under_own_keys(self) -> None:
+        """Forget the renaming of published keys, which `save_pretrained` would otherwise undo (`score` -> `head`)."""
+        conversions = getattr(self, "_weight_conversions", None)
+        if conversions:
+            ours = set(_PUBLISHED_KEYS)
+            self._weight_conversions = [
+                each for each in conversions if not ours.intersection(getattr(each, "_original_source_patterns", ()))
+            ]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write the one folder that transformers, sentence-transformers and mteb load; see `PreTrainedModel`.
+
+        Beside weights and config: tokenizer with its chat template, the code files, what sentence-transformers
+        reads, and a model card stub if there is no README.md yet. `push_to_hub` uploads the same.
+        """
+        # First, since the parent uploads what it finds in the folder.
+        if kwargs.get("is_main_process", True):
+            os.makedirs(save_directory, exist_ok=True)
+            write_folder_files(self, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def processor(self) -> QueritProcessor:
+        """The processor saved beside the weights, loaded on first use; assign one to a model built from a config."""
+        if getattr(self, "_processor", None) is None:
+            if not self.name_or_path:
+                raise ValueError(
+                    "The model was not loaded from a folder, so it has no tokenizer: set "
+                    "model.processor = QueritProcessor(tokenizer)."
+                )
+            self._processor = QueritProcessor.from_pretrained(self.name_or_path, **getattr(self, "_hub_kwargs", {}))
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: QueritProcessor) -> None:
+        self._processor = processor
+
+
+class QueritForSequenceRanking(QueritPreTrainedModel):
+    """Relevance of (instruction, query, document) texts: `p = softmax(W h + b)` at `[CLS]`, score `p1 - p0`.
+
+    Source: arXiv 2606.19037, section 3; the public reference is mteb's `QueritWrapper`.
+
+    Example:
+        ```python
+        >>> model = QueritForSequenceRanking.from_pretrained(modeling_querit.default_model_path())
+        >>> model.rank("who wrote Faust", ["Goethe finished Faust in 1831.", "A fist is a closed hand."], top_k=1)
+        [RankedDocument(index=0, score=0.97, document='Goethe finished Faust in 1831.')]
+        ```
+    """
+
+    def __init__(self, config: QueritConfig):
+        super().__init__(config)
+        self.model = AutoModel.from_config(config.text_config)
+        self.score = QueritHead(config.text_config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.FloatTensor | None = None,
+        query_ids: torch.LongTensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> QueritOutput | tuple:
+        """Score a batch of tokenized pairs, each ending in `[CLS]`.
+
+        Args:
+            input_ids: (batch, sequence); or `inputs_embeds`, (batch, sequence, hidden).
+            attention_mask: (batch, sequence), 1 for tokens and 0 for padding on either side; or 4-D as the
+                transformers attention functions take it: boolean (True = may attend) or additive,
+                (batch, 1, sequence, sequence). Without one, every position is a token.
+            position_ids: (batch, sequence). Counted from the first token by default, so padding moves no score.
+            labels: (batch,), hard or continuous, together with `query_ids`, (batch,), for the hinge loss.
+            **kwargs: handed to the backbone (`output_hidden_states`, ...).
+
+        Returns:
+            [`QueritOutput`], or a tuple with `return_dict=False`.
+        """
+        if labels is not None and query_ids is None:
+            raise ValueError("labels need query_ids, (batch,): the loss compares the documents of one query.")
+        attention_mask, is_token = _prepare_mask(attention_mask, self.dtype)
+        if position_ids is None and is_token is not None:
+            position_ids = (is_token.cumsum(-1) - 1).clamp(min=0)
+        kwargs.setdefault("use_cache", False)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.score(_last_token(outputs.last_hidden_state, is_token))
+        # p1 - p0 as tanh: the same number, without the cancellation of two nearly equal probabilities.
+        score = torch.tanh((logits[:, 1:] - logits[:, :1]) / 2)
+        loss = None
+        if labels is not None:
+            loss = pairwise_hinge_loss(score.squeeze(-1), labels, query_ids, self.config.margin_scale)
+        output = QueritOutput(
+            loss=loss,
+            logits=self._public_logits(logits),
+            score=score,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if return_dict in (None, True) else output.to_tuple()
+
+    def _public_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def rank(
+        self,
+        query: str,
+        documents: Iterable[Document],
+        instruction: str | None = None,
+        top_k: int | None = None,
+        *,
+        max_length: int | None = None,
+        batch_tokens: int = 8192,
+        show_progress_bar: bool | None = None,
+    ) -> list[RankedDocument]:
+        """Documents in order of relevance, best first; equal scores keep the given order.
+
+        Args:
+            query: What is searched for.
+            documents: Strings or `{"title": ..., "text": ...}`; any iterable.
+            instruction: The task in one sentence; by default the one the model was trained with.
+            top_k: How many to return, at least 1; all by default.
+            max_length: Tokens a pair may have, `[CLS]` included; longer documents are cut at their end.
+            batch_tokens: Tokens of one forward pass, padding included: what bounds the memory.
+            show_progress_bar: By default only on a terminal and where it takes more than two seconds.
+
+        Returns:
+            `RankedDocument(index, score, document)` tuples; `index` is the place in `documents`.
+
+        Raises:
+            TypeError: if the query or a document is not text.
+            ValueError: if `top_k` is below 1, or a score is NaN or infinite.
+        """
+        return rank_documents(
+            self,
+            query,
+            documents,
+            instruction=instruction,
+            top_k=top_k,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            show_progress_bar=show_progress_bar,
+        )
+
+    def predict(
+        self,
+        pairs: Sequence[tuple[str, Document]],
+        instruction: str | None = None,
+        *,
+        max_length: int | None = None,
+        batch_tokens: int = 8192,
+        show_progress_bar: bool | None = None,
+    ) -> torch.Tensor:
+        """Scores of (query, document) pairs, float32 on the CPU, (len(pairs),), in [-1, 1]; arguments as in `rank`."""
+        return score_pairs(
+            self,
+            pairs,
+            instruction=instruction,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            show_progress_bar=show_progress_bar,
+        )
+
+
+class QueritForSequenceClassification(QueritForSequenceRanking):
+    """The same weights with one logit, `(z1 - z0) / 2`, whose tanh is the score: for CrossEncoder and pipelines."""
+
+    def _public_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return (logits[:, 1:] - logits[:, :1]) / 2
+
+
+def _prepare_mask(
+    attention_mask: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mask for the backbone, and (batch, sequence) booleans that tell tokens from padding (None: all tokens)."""
+    if attention_mask is None:
+        return None, None
+    if attention_mask.dim() == 2:
+        return attention_mask, attention_mask.bool()
+    if attention_mask.dim() != 4:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: give (batch, sequence) or "
+            "(batch, 1, sequence, sequence)."
+        )
+    may_attend = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+    is_token = may_attend[:, 0].diagonal(dim1=-2, dim2=-1)
+    causal = torch.ones_like(may_attend[0, 0]).tril()
+    plain = is_token[:, :, None] & is_token[:, None, :] & causal
+    # Causal attention over the tokens, as the reference wrapper writes it, is what a 2-D mask says: with that the
+    # backbone builds its own masks (sliding windows too) and its fastest kernels stay available.
+    if torch.equal((may_attend[:, 0] & is_token[:, :, None]), plain):
+        return is_token.long(), is_token
+    if attention_mask.dtype == torch.bool:
+        blocked = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+        attention_mask = blocked.masked_fill(~attention_mask, torch.finfo(dtype).min)
+    return attention_mask, is_token
+
+
+def _last_token(hidden_states: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
+    """(batch, hidden): the state at the last token of each row, whichever side the padding is on."""
+    if is_token is None:
+        return hidden_states[:, -1]
+    positions = torch.arange(is_token.shape[1], device=is_token.device)
+    last = torch.where(is_token, positions, 0).argmax(-1).to(hidden_states.device)
+    return hidden_states[torch.arange(len(last), device=hidden_states.device), last]
+
+
+def _check_loaded(name: Any, info: dict[str, Any], may_mismatch: bool) -> None:
+    """Raise unless every weight came from the checkpoint: a freshly initialised head would rank at random."""
+    if info["mismatched_keys"] and not may_mismatch:
+        key, *shapes = sorted(info["mismatched_keys"], key=str)[0]
+        raise ValueError(
+            f"{name}: {key} has shape {tuple(shapes[0])} in the checkpoint, but this model needs "
+            f"{tuple(shapes[1])}; is config.json that of these weights, with a head of two labels?"
+        )
+    if info["missing_keys"]:
+        missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        raise ValueError(
+            f"{name}: no weight for {_few(missing)} in the checkpoint"
+            + (f", while it holds {_few(unused)} that the model has no use for" if unused else "")
+            + ". A reranker is not loaded with weights left at their initial value; to start training from a plain "
+            "decoder use modeling_querit.from_backbone."
+        )
+
+
+def _few(keys: list[str], limit: int = 3) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more

@@ -1,0 +1,273 @@
+"""From instruction, query, title and content to the token ids a Querit reranker was trained on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+from tokenizers.processors import Sequence as NoSpecialTokens
+from transformers import (
+    AutoTokenizer,
+    BatchEncoding,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+DEFAULT_INSTRUCTION = "Judge whether the Content meets the requirements based on the Query."
+CLS_TOKEN = "[CLS]"
+# The published models read 4,096 tokens, `[CLS]` included.
+MAX_LENGTH = 4096
+
+# The same text for runtimes that render messages: sentence-transformers, vLLM. There is no message for a
+# default instruction to stand in, so the template carries it.
+CHAT_TEMPLATE = (
+    "{%- set ns = namespace(instruction='" + DEFAULT_INSTRUCTION + "', query='', title='', document='') -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{%- set ns.instruction = message['content'] -%}"
+    "{%- elif message['role'] == 'query' -%}{%- set ns.query = message['content'] -%}"
+    "{%- elif message['role'] == 'title' -%}{%- set ns.title = message['content'] -%}"
+    "{%- elif message['role'] == 'document' -%}{%- set ns.document = message['content'] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{{- ns.instruction + ' Query: ' + ns.query + '; Content: ' -}}"
+    "{%- if ns.title -%}{{- (ns.title + ' ' + ns.document) | trim -}}{%- else -%}{{- ns.document -}}{%- endif -%}"
+    "{{- '" + CLS_TOKEN + "' -}}"
+)
+
+Document = str | dict[str, Any]
+
+
+class EncodedPair(NamedTuple):
+    """One tokenized (query, document) pair.
+
+    Args:
+        input_ids: Token ids; the last is that of `[CLS]`.
+        cut_content: How many tokens of title and content were cut at the end to make the pair fit.
+        cut_query: How many tokens of the query were.
+    """
+
+    input_ids: list[int]
+    cut_content: int = 0
+    cut_query: int = 0
+
+
+class QueritProcessor:
+    """Turns queries and documents into model inputs, exactly as the reference does (mteb's `QueritWrapper`).
+
+    The text is `"{instruction} Query: {query}; Content: {document}"`, tokenized as one string without special
+    tokens, then the id of `[CLS]`. Title and text of a document are joined by a space. Three things are settled
+    that the reference leaves open: a text over `max_length` loses the end of its content, then the end of its
+    query, never anything of the instruction, the words between, or `[CLS]`; a special token's name typed in a
+    text (`[CLS]`, `<|im_end|>`) is text, where the reference would take it for the token itself; and a lone
+    surrogate, which is no character, becomes U+FFFD.
+
+    Args:
+        tokenizer: A fast tokenizer with a `[CLS]` token.
+        max_length: Tokens of a pair, `[CLS]` included; by default what the tokenizer states, 4,096 at most.
+
+    Raises:
+        ValueError: if the tokenizer is not a fast one or has no `[CLS]`.
+
+    Example:
+        ```python
+        >>> processor = QueritProcessor.from_pretrained(modeling_querit.default_model_path())
+        >>> processor(["who wrote Faust"], ["Goethe finished Faust in 1831."]).keys()
+        dict_keys(['input_ids', 'attention_mask'])
+        ```
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None):
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: convert it to a tokenizer.json first.")
+        if CLS_TOKEN not in tokenizer.get_vocab():
+            raise ValueError(
+                f"The tokenizer has no {CLS_TOKEN} token, where the model reads its score; "
+                "modeling_querit.from_backbone adds one to a plain decoder."
+            )
+        self.tokenizer = tokenizer
+        self.max_length = min(tokenizer.model_max_length, MAX_LENGTH) if max_length is None else max_length
+        self.cls_token_id: int = tokenizer.convert_tokens_to_ids(CLS_TOKEN)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, max_length: int | None = None, **kwargs: Any):
+        """Load the tokenizer of a folder or repository; `kwargs` go to `AutoTokenizer` (`revision`, `token`, ...)."""
+        # AutoTokenizer asks the config for no more than its model_type, but would first ask to trust its code.
+        config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path, **kwargs)
+        config = SimpleNamespace(
+            model_type=config_dict.get("model_type"), tokenizer_class=config_dict.get("tokenizer_class")
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, config=config, trust_remote_code=False, **kwargs)
+        return cls(tokenizer, max_length)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write the tokenizer as other runtimes need it: `[CLS]`, left padding, chat template, nothing added itself."""
+        self.portable_tokenizer().save_pretrained(save_directory)
+
+    def portable_tokenizer(self) -> PreTrainedTokenizerFast:
+        """A copy of the tokenizer that every runtime uses alike, whatever class it was loaded as."""
+        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        backend.encode_special_tokens = False
+        backend.no_truncation()
+        backend.no_padding()
+        # Some runtimes tokenize the rendered text with special tokens on: then a <bos> would slip in at the front.
+        backend.post_processor = NoSpecialTokens([])
+        special = {
+            name: str(value)
+            for name, value in self.tokenizer.special_tokens_map.items()
+            if name in ("bos_token", "eos_token", "unk_token", "sep_token", "mask_token", "pad_token")
+        }
+        special.setdefault("pad_token", special.get("eos_token", CLS_TOKEN))
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            cls_token=CLS_TOKEN,
+            padding_side="left",
+            truncation_side="right",
+            model_max_length=self.max_length,
+            chat_template=CHAT_TEMPLATE,
+            clean_up_tokenization_spaces=False,
+            **special,
+        )
+
+    def encode(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Document],
+        instruction: str | Sequence[str] | None = None,
+        max_length: int | None = None,
+    ) -> list[EncodedPair]:
+        """Tokenize pairs of a query and a document, each to at most `max_length` ids.
+
+        Args:
+            queries, documents: As many of one as of the other; documents are strings or `{"title", "text"}`.
+            instruction: One for all pairs, or one each; the default instruction if None.
+            max_length: In place of the processor's own.
+
+        Raises:
+            TypeError: if a query, document or instruction is not text.
+            ValueError: if the counts differ, or an instruction leaves no room for `[CLS]` within `max_length`.
+        """
+        limit = (self.max_length if max_length is None else max_length) - 1
+        instructions = (
+            [instruction] * len(queries) if instruction is None or isinstance(instruction, str) else instruction
+        )
+        if not len(queries) == len(documents) == len(instructions):
+            raise ValueError(
+                f"{len(queries)} queries, {len(documents)} documents and {len(instructions)} instructions: "
+                "give as many of each."
+            )
+        prompts = [
+            _Prompt(
+                _clean(DEFAULT_INSTRUCTION if one is None else one, "instruction"),
+                _clean(query, "query"),
+                _content_of(document),
+            )
+            for one, query, document in zip(instructions, queries, documents, strict=True)
+        ]
+        if not prompts:
+            return []
+        all_ids = self._tokenize([prompt.text for prompt in prompts])["input_ids"]
+        return [
+            EncodedPair(ids + [self.cls_token_id]) if len(ids) <= limit else self._cut(prompt, limit)
+            for ids, prompt in zip(all_ids, prompts, strict=True)
+        ]
+
+    def __call__(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Document],
+        instruction: str | Sequence[str] | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchEncoding:
+        """`encode`, padded on the left into one batch: `input_ids` and `attention_mask`, (batch, sequence)."""
+        encoded = self.encode(queries, documents, instruction, max_length)
+        return self.pad([pair.input_ids for pair in encoded], return_tensors=return_tensors)
+
+    def pad(self, input_ids: Sequence[Sequence[int]], return_tensors: str | None = "pt") -> BatchEncoding:
+        """One batch of token id lists, padded on the left to the longest."""
+        width = max((len(ids) for ids in input_ids), default=0)
+        pad_id = self.tokenizer.pad_token_id or 0
+        batch = {
+            "input_ids": [[pad_id] * (width - len(ids)) + list(ids) for ids in input_ids],
+            "attention_mask": [[0] * (width - len(ids)) + [1] * len(ids) for ids in input_ids],
+        }
+        return BatchEncoding(batch, tensor_type=return_tensors)
+
+    def _tokenize(self, texts: list[str], **kwargs: Any) -> BatchEncoding:
+        return self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **kwargs,
+        )
+
+    def _cut(self, prompt: _Prompt, limit: int) -> EncodedPair:
+        """Fit a prompt of over `limit` tokens: the end of the content goes first, then the end of the query."""
+        ids, starts = self._ids_and_starts(prompt.text)
+        fixed = sum(start < prompt.content_start for start in starts)
+        if fixed <= limit:
+            return EncodedPair(ids[:limit] + [self.cls_token_id], cut_content=len(ids) - limit)
+        cut_content = len(ids) - fixed
+        # The words after the query keep their place, so what is cut is the query's own end.
+        ids, starts = self._ids_and_starts(prompt.text[: prompt.content_start])
+        before = sum(start < prompt.query_start for start in starts)
+        after = sum(start >= prompt.query_end for start in starts)
+        room = limit - before - after
+        if room < 0:
+            raise ValueError(
+                f"The instruction takes {before} tokens and the words around the query {after}: more than max_length = "
+                f"{limit + 1} has room for; shorten the instruction or raise max_length."
+            )
+        kept = ids[: before + room] + ids[len(ids) - after :]
+        return EncodedPair(kept + [self.cls_token_id], cut_content, cut_query=len(ids) - len(kept))
+
+    def _ids_and_starts(self, text: str) -> tuple[list[int], list[int]]:
+        encoding = self._tokenize([text], return_offsets_mapping=True)
+        return encoding["input_ids"][0], [start for start, _ in encoding["offset_mapping"][0]]
+
+
+class _Prompt:
+    """The text of a pair, and where its parts lie in it."""
+
+    def __init__(self, instruction: str, query: str, content: str):
+        before, after = f"{instruction} Query:", "; Content: "
+        # The space before the query counts as the query's: tokenizers join it to the first word.
+        self.query_start = len(before)
+        self.query_end = len(before) + 1 + len(query)
+        self.content_start = self.query_end + len(after)
+        self.text = f"{before} {query}{after}{content}"
+
+
+def _content_of(document: Document) -> str:
+    if isinstance(document, str):
+        return _clean(document, "document")
+    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+        raise TypeError(f"A document is a string or a dict with a 'text', not {_shown(document)}.")
+    title = document.get("title")
+    if not title:
+        return _clean(document["text"], "document")
+    # As mteb joins them.
+    return f"{_clean(title, 'title')} {_clean(document['text'], 'document')}".strip()
+
+
+def _clean(text: str, what: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"A {what} is a string, not {_shown(text)}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Halves of a pair become their character, lone ones U+FFFD: neither can be written as UTF-8.
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,0 +1,1 @@
+"""First stages: test collections on disk, and the retrievers whose candidates are reranked."""

