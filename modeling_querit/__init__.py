@@ -2,6 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
+from .checkpoints.backbone import from_backbone
+from .checkpoints.mini import default_model_path
 from .configuration_querit import QueritConfig
 from .modeling_querit import QueritForSequenceClassification, QueritForSequenceRanking, QueritOutput
 from .processing_querit import EncodedPair, QueritProcessor
@@ -17,6 +19,8 @@ __all__ = [
     "QueritOutput",
     "QueritProcessor",
     "RankedDocument",
+    "default_model_path",
+    "from_backbone",
 ]
 
 # Once this package is imported, the auto classes know its folders without remote code.

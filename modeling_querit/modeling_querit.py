@@ -46,6 +46,7 @@ class QueritHead(nn.Linear):
     """`W h + b` in float32, whatever the dtype of the weights, of `h` or of an autocast around it."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, hidden) in any dtype -> (batch, 2) logits, float32."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
 

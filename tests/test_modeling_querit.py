@@ -1,0 +1,771 @@
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from modeling_querit import QueritConfig, QueritForSequenceClassification, QueritForSequenceRanking, QueritOutput
+
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
+
+
+@pytest.fixture(scope="session")
+def ids(processor):
+    """Token ids of a few pairs of different lengths."""
+    return [pair.input_ids for pair in processor.encode([tiny.QUERY] * len(tiny.DOCUMENTS), tiny.DOCUMENTS)]
+
+
+@pytest.fixture(scope="session")
+def references(models, ids):
+    """The scores of these pairs, each computed by itself by transformers' own backbone and numpy."""
+    made = {}
+
+    def get(architecture):
+        if architecture not in made:
+            made[architecture] = [tiny.reference_score(models(architecture), each) for each in ids]
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture
+def reference(references, architecture):
+    return references(architecture)
+
+
+@pytest.fixture(scope="session")
+def content_cls_mask():
+    """The function by which mteb's wrapper writes its masks."""
+    module = pytest.importorskip("mteb.models.model_implementations.querit_models")
+    return module.QueritWrapper.compute_mask_content_cls
+
+
+def padded(ids, side, extra=0):
+    """Input ids and 2-D mask, padded with ids that would matter if they were read."""
+    width = max(map(len, ids)) + extra
+    rows, masks = [], []
+    for each in ids:
+        padding, zeros = [7] * (width - len(each)), [0] * (width - len(each))
+        rows.append(padding + each if side == "left" else each + padding)
+        masks.append(zeros + [1] * len(each) if side == "left" else [1] * len(each) + zeros)
+    return torch.tensor(rows), torch.tensor(masks)
+
+
+def scores_of(model, *args, **kwargs):
+    with torch.inference_mode():
+        return model(*args, **kwargs).score.squeeze(-1)
+
+
+def causal(width):
+    return torch.ones(width, width, dtype=torch.bool).tril()
+
+
+def additive(mask, dtype=torch.float32, blocked=None):
+    blocked = torch.finfo(dtype).min if blocked is None else blocked
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, blocked)
+
+
+# What is computed
+
+
+def test_backbone_is_transformers_own(architecture, model):
+    assert type(model.model) is tiny.BACKBONES[architecture]
+
+
+def test_scores_are_those_of_the_reference(model, ids, reference):
+    scores = [scores_of(model, torch.tensor([each])).item() for each in ids]
+    assert scores == pytest.approx(reference, abs=1e-5)
+    # The tolerances mean something: the pairs' scores lie far apart.
+    assert np.ptp(reference) > 0.2
+
+
+def test_score_is_the_difference_of_the_probabilities(model, ids):
+    input_ids, mask = padded(ids, "left")
+    with torch.inference_mode():
+        output = model(input_ids, mask)
+    assert type(output) is QueritOutput
+    assert output.logits.shape == (len(ids), 2)
+    assert output.score.shape == (len(ids), 1)
+    assert output.logits.dtype == output.score.dtype == torch.float32
+    assert output.loss is None
+    assert output["score"] is output.score
+    np.testing.assert_allclose(output.score[:, 0], tiny.softmax_difference(output.logits), **TOLERANCE)
+
+
+def test_classifier_gives_half_the_difference_of_the_logits(model, saved_folder, ids):
+    classifier = QueritForSequenceClassification.from_pretrained(saved_folder)
+    input_ids, mask = padded(ids, "left")
+    with torch.inference_mode():
+        output, expected = classifier(input_ids, mask), model(input_ids, mask)
+    assert output.logits.shape == (len(ids), 1)
+    torch.testing.assert_close(output.logits.tanh(), expected.score, **TOLERANCE)
+    torch.testing.assert_close(output.score, expected.score, **TOLERANCE)
+    torch.testing.assert_close(output.logits[:, 0], (expected.logits[:, 1] - expected.logits[:, 0]) / 2)
+
+
+def test_extreme_logits_give_no_nan(loaded, ids):
+    with torch.no_grad():
+        loaded.score.bias.copy_(torch.tensor([-1e4, 1e4]))
+    assert scores_of(loaded, torch.tensor([ids[0]])).item() == 1
+
+
+def test_tuple_output(model, ids):
+    input_ids, mask = padded(ids, "left")
+    with torch.inference_mode():
+        output = model(input_ids, mask)
+        logits, score = model(input_ids, mask, return_dict=False)
+        loss, *rest = model(
+            input_ids, mask, labels=torch.rand(len(ids)), query_ids=torch.zeros(len(ids)), return_dict=False
+        )
+    torch.testing.assert_close(logits, output.logits)
+    torch.testing.assert_close(score, output.score)
+    assert loss.shape == ()
+    assert len(rest) == 2
+
+
+def test_hidden_states_on_request(model, ids):
+    input_ids = torch.tensor([ids[0]])
+    output = model(input_ids, output_hidden_states=True)
+    assert len(output.hidden_states) == model.config.text_config.num_hidden_layers + 1
+    logits = nn.functional.linear(output.hidden_states[-1][:, -1], model.score.weight, model.score.bias)
+    torch.testing.assert_close(output.logits, logits)
+    assert model(input_ids).hidden_states is None
+
+
+# Masks
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_moves_no_score(model, ids, reference, side, extra):
+    input_ids, mask = padded(ids, side, extra)
+    for dtype in [torch.long, torch.bool, torch.float32]:
+        assert scores_of(model, input_ids, mask.to(dtype)).tolist() == pytest.approx(reference, abs=1e-5)
+
+
+def test_padding_may_be_on_both_sides_in_one_batch(model, ids, reference):
+    left, left_mask = padded(ids[:2], "left", extra=60)
+    right, right_mask = padded(ids[2:4], "right", extra=60)
+    width = min(left.shape[1], right.shape[1])
+    input_ids = torch.cat([left[:, -width:], right[:, :width]])
+    mask = torch.cat([left_mask[:, -width:], right_mask[:, :width]])
+    assert scores_of(model, input_ids, mask).tolist() == pytest.approx(reference[:4], abs=1e-5)
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+@pytest.mark.parametrize("form", ["boolean", "additive", "infinite"])
+def test_masks_of_the_reference(model, ids, reference, content_cls_mask, form, extra):
+    input_ids, mask = padded(ids, "left", extra)
+    types = [[0] * (len(row) - len(each)) + [1] * (len(each) - 1) + [2] for row, each in zip(mask, ids, strict=True)]
+    full = torch.stack([content_cls_mask(each) for each in types])
+    assert full.shape == (len(ids), 1, *2 * input_ids.shape[1:])
+    if form != "boolean":
+        full = additive(full, blocked=None if form == "additive" else float("-inf"))
+    assert scores_of(model, input_ids, full).tolist() == pytest.approx(reference, abs=1e-5)
+
+
+@pytest.mark.parametrize("form", ["boolean", "additive"])
+def test_four_dimensional_masks_with_padding_on_the_right(model, ids, reference, form):
+    input_ids, mask = padded(ids, "right", 3)
+    full = (mask[:, None, :, None] & mask[:, None, None, :]).bool() & causal(input_ids.shape[1])
+    full = full if form == "boolean" else additive(full)
+    assert scores_of(model, input_ids, full).tolist() == pytest.approx(reference, abs=1e-5)
+
+
+def test_one_causal_mask_for_the_whole_batch(model, ids, reference):
+    """A mask of one row is spread over the batch, as transformers' attention functions spread it."""
+    width = len(ids[0])
+    mask = causal(width)[None, None]
+    rows = torch.tensor([ids[0], ids[0][::-1]])
+    expected = [reference[0], tiny.reference_score(model, ids[0][::-1])]
+    assert scores_of(model, rows, mask).tolist() == pytest.approx(expected, abs=1e-5)
+    assert scores_of(model, rows, additive(mask)).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def packed(ids, pad=0):
+    """Several sequences in one row under a block-diagonal mask, with padding before them."""
+    width = pad + sum(map(len, ids))
+    mask = torch.zeros(width, width, dtype=torch.bool)
+    start, ends = pad, []
+    for each in ids:
+        mask[start : start + len(each), start : start + len(each)] = causal(len(each))
+        start += len(each)
+        ends.append(start - 1)
+    input_ids = torch.tensor([[7] * pad + [token for each in ids for token in each]])
+    position_ids = torch.tensor([[0] * pad + [position for each in ids for position in range(len(each))]])
+    return input_ids, mask[None, None], position_ids, ends
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", ["boolean", "additive"])
+@pytest.mark.parametrize("pad", [0, 4])
+def test_packed_sequences_do_not_see_each_other(loaded, ids, reference, form, pad, attention):
+    loaded.set_attn_implementation(attention)
+    input_ids, mask, position_ids, ends = packed(ids[:3], pad)
+    mask = mask if form == "boolean" else additive(mask)
+    with torch.inference_mode():
+        output = loaded(input_ids, mask, position_ids=position_ids, output_hidden_states=True)
+        assert output.score.item() == pytest.approx(reference[2], abs=1e-5)
+        logits = loaded.score(output.hidden_states[-1][0, ends])
+    assert tiny.softmax_difference(logits.numpy()) == pytest.approx(reference[:3], abs=1e-5)
+    # Without the blocks the score is another one.
+    assert abs(scores_of(loaded, input_ids, position_ids=position_ids).item() - reference[2]) > 1e-3
+
+
+def test_plain_and_packed_rows_in_one_batch(model, ids, reference):
+    input_ids, mask, position_ids, _ = packed([ids[0], ids[1]])
+    width = input_ids.shape[1]
+    plain_ids, plain_mask = padded([ids[2]], "left", width - len(ids[2]))
+    plain = (plain_mask[:, None, :, None] & plain_mask[:, None, None, :]).bool() & causal(width)
+    scores = scores_of(
+        model,
+        torch.cat([input_ids, plain_ids]),
+        torch.cat([mask, plain]),
+        position_ids=torch.cat([position_ids, (plain_mask.cumsum(-1) - 1).clamp(min=0)]),
+    )
+    assert scores.tolist() == pytest.approx([reference[1], reference[2]], abs=1e-5)
+
+
+def test_a_mask_that_sees_ahead_is_obeyed(model, ids):
+    """Not only less than causal attention: more, too."""
+    width = len(ids[0])
+    everything = torch.ones(1, 1, width, width, dtype=torch.bool)
+    seen = scores_of(model, torch.tensor([ids[0]]), everything).item()
+    assert abs(seen - scores_of(model, torch.tensor([ids[0]])).item()) > 1e-4
+    torch.testing.assert_close(seen, scores_of(model, torch.tensor([ids[0]]), additive(everything)).item(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5, 5), (1, 1, 1, 5, 5)])
+def test_other_masks_are_an_error(model, shape):
+    with pytest.raises(ValueError, match=r"attention_mask.*shape"):
+        model(torch.ones(1, 5, dtype=torch.long), torch.ones(shape))
+
+
+# Positions and embeddings
+
+
+def test_positions_count_from_the_first_token(model, ids, reference):
+    input_ids, mask = padded(ids, "left", 4)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    assert scores_of(model, input_ids, mask, position_ids=positions).tolist() == pytest.approx(reference, abs=1e-5)
+
+
+def test_position_ids_are_heeded(model, ids):
+    input_ids = torch.tensor([ids[0]])
+    plain = torch.arange(len(ids[0]))[None]
+    one, other = scores_of(model, input_ids, position_ids=plain), scores_of(model, input_ids, position_ids=plain * 3)
+    assert abs(one - other).item() > 1e-4
+    # Rotary positions count by their distance alone.
+    torch.testing.assert_close(scores_of(model, input_ids, position_ids=plain + 9), one, rtol=0, atol=1e-4)
+
+
+def test_embeddings_in_place_of_ids(model, ids, reference):
+    input_ids, mask = padded(ids, "left")
+    embeddings = model.get_input_embeddings()(input_ids)
+    assert scores_of(model, inputs_embeds=embeddings, attention_mask=mask).tolist() == pytest.approx(reference, abs=1e-5)
+    assert scores_of(model, inputs_embeds=embeddings[1:2, -len(ids[1]) :]).tolist() == pytest.approx(
+        reference[1:2], abs=1e-5
+    )
+
+
+# Numbers
+
+
+def test_bfloat16_model_gives_float32_scores(loaded, ids, reference):
+    loaded.to(torch.bfloat16)
+    input_ids, mask = padded(ids, "left")
+    output = loaded(input_ids, mask, output_hidden_states=True)
+    assert output.hidden_states[-1].dtype == torch.bfloat16
+    assert output.logits.dtype == output.score.dtype == torch.float32
+    # The head itself is computed in float32: scores are no multiples of what bfloat16 can hold.
+    weight, bias = loaded.score.weight.detach().double().numpy(), loaded.score.bias.detach().double().numpy()
+    logits = output.hidden_states[-1][:, -1].detach().double().numpy() @ weight.T + bias
+    np.testing.assert_allclose(output.score[:, 0].detach(), tiny.softmax_difference(logits), **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_stay_float32_under_autocast(loaded, ids, dtype):
+    loaded.to(dtype)
+    input_ids, mask = padded(ids, "left")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = loaded(
+            input_ids,
+            mask,
+            labels=torch.rand(len(ids)),
+            query_ids=torch.zeros(len(ids), dtype=torch.long),
+            output_hidden_states=True,
+        )
+    assert output.logits.dtype == output.score.dtype == output.loss.dtype == torch.float32
+    weight, bias = loaded.score.weight.detach().double().numpy(), loaded.score.bias.detach().double().numpy()
+    logits = output.hidden_states[-1][:, -1].detach().double().numpy() @ weight.T + bias
+    np.testing.assert_allclose(output.logits.detach(), logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(output.score[:, 0].detach(), tiny.softmax_difference(logits), **TOLERANCE)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packing_and_padding_under_autocast(loaded, ids, reference, attention):
+    loaded.set_attn_implementation(attention)
+    input_ids, mask, position_ids, _ = packed(ids[:2], pad=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        score = scores_of(loaded, input_ids, mask, position_ids=position_ids).item()
+        alone = scores_of(loaded, torch.tensor([ids[1]])).item()
+    assert score == pytest.approx(alone, abs=0.1)
+
+
+def test_eager_attention_gives_the_same_scores(saved_folder, ids, reference):
+    model = QueritForSequenceRanking.from_pretrained(saved_folder, attn_implementation="eager")
+    assert model.model.config._attn_implementation == "eager"
+    input_ids, mask = padded(ids, "left")
+    assert scores_of(model, input_ids, mask).tolist() == pytest.approx(reference, abs=1e-5)
+
+
+# Experts
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Which experts functions are called, in order."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3
+
+    calls = []
+
+    def spied(name, function):
+        def run(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return run
+
+    for name in ["grouped_mm", "batched_mm"]:
+        monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, name, spied(name, ALL_EXPERTS_FUNCTIONS[name]))
+    experts = modeling_deepseek_v3.DeepseekV3Experts
+    # The eager loop is the only one that goes through one_hot.
+    monkeypatch.setattr(nn.functional, "one_hot", spied("eager", nn.functional.one_hot))
+    assert experts.forward.__wrapped__
+    return calls
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_the_experts_kernel_that_was_asked_for_runs(
+    saved_folders, ids, references, kernels, implementation
+):
+    model = QueritForSequenceRanking.from_pretrained(
+        saved_folders("deepseek_v3"), experts_implementation=implementation
+    )
+    assert model.model.config._experts_implementation == implementation
+    input_ids, mask = padded(ids, "left")
+    assert scores_of(model, input_ids, mask).tolist() == pytest.approx(references("deepseek_v3"), abs=1e-5)
+    # One of the two layers has experts.
+    assert kernels == [implementation]
+
+
+def test_by_default_the_grouped_kernel_runs(saved_folders, ids, kernels):
+    model = QueritForSequenceRanking.from_pretrained(saved_folders("deepseek_v3"))
+    scores_of(model, torch.tensor([ids[0]]))
+    assert kernels == ["grouped_mm"]
+
+
+def test_the_experts_kernel_can_be_changed_later(saved_folders, ids, references, kernels):
+    model = QueritForSequenceRanking.from_pretrained(saved_folders("deepseek_v3"))
+    for implementation in ["batched_mm", "eager", "grouped_mm"]:
+        kernels.clear()
+        model.set_experts_implementation(implementation)
+        score = scores_of(model, torch.tensor([ids[0]])).item()
+        assert score == pytest.approx(references("deepseek_v3")[0], abs=1e-5)
+        assert kernels == [implementation]
+
+
+def test_an_unknown_experts_kernel_is_an_error(saved_folders):
+    with pytest.raises(ValueError, match="no_such_kernel"):
+        QueritForSequenceRanking.from_pretrained(saved_folders("deepseek_v3"), experts_implementation="no_such_kernel")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_router_logits_are_float32(saved_folders, ids, dtype):
+    model = QueritForSequenceRanking.from_pretrained(saved_folders("deepseek_v3"), dtype=dtype)
+    assert model.dtype == dtype
+    gate = model.model.layers[1].mlp.gate
+    assert gate.e_score_correction_bias.dtype == torch.float32
+    logits = []
+    gate.register_forward_hook(lambda module, args, output: logits.append((args[0], output[0])))
+    scores_of(model, torch.tensor([ids[0]]))
+    [(states, routed)] = logits
+    assert states.dtype == dtype
+    assert routed.dtype == torch.float32
+    exact = states.double().view(-1, 32) @ gate.weight.detach().double().T
+    torch.testing.assert_close(routed.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_routing_biases_move_the_scores(loaded, ids, architecture, reference):
+    """They take part, so a checkpoint without them may not load."""
+    gates = [module for name, module in loaded.named_modules() if name.endswith("mlp.gate")]
+    assert len(gates) == (architecture == "deepseek_v3")
+    for gate in gates:
+        gate.e_score_correction_bias.copy_(torch.arange(tiny.EXPERTS))
+        moved = [scores_of(loaded, torch.tensor([each])).item() for each in ids]
+        assert np.abs(np.subtract(moved, reference)).max() > 1e-3
+
+
+# Training
+
+
+def test_head_starts_at_zero(architecture):
+    model = QueritForSequenceRanking(QueritConfig(text_config=tiny.make_text_config(architecture)))
+    assert not model.score.weight.any()
+    assert not model.score.bias.any()
+    # The backbone does not.
+    assert model.get_input_embeddings().weight.std() > 0.1
+
+
+def slow_hinge(scores, labels, query_ids, margin_scale):
+    losses = [
+        max(0.0, margin_scale * (labels[i] - labels[j]) - (scores[i] - scores[j]))
+        for i in range(len(scores))
+        for j in range(len(scores))
+        if query_ids[i] == query_ids[j] and labels[i] > labels[j]
+    ]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("margin_scale", [0.8, 0.2])
+def test_loss_is_the_hinge_over_pairs_of_one_query(loaded, ids, reference, margin_scale):
+    loaded.config.margin_scale = margin_scale
+    labels, query_ids = [1.0, 0.0, 0.35, 0.0, 1.0, 0.9], [3, 3, 3, 1, 1, 1]
+    input_ids, mask = padded(ids, "left")
+    output = loaded(input_ids, mask, labels=torch.tensor(labels), query_ids=torch.tensor(query_ids))
+    expected = slow_hinge(reference, labels, query_ids, margin_scale)
+    assert expected > 0.01
+    assert output.loss.item() == pytest.approx(expected, abs=1e-5)
+    assert output.loss.dtype == torch.float32
+
+
+def test_labels_may_be_integers(model, ids):
+    input_ids, mask = padded(ids[:2], "left")
+    query_ids = torch.tensor([0, 0])
+    whole = model(input_ids, mask, labels=torch.tensor([1, 0]), query_ids=query_ids).loss
+    assert whole.item() == model(input_ids, mask, labels=torch.tensor([1.0, 0.0]), query_ids=query_ids).loss.item()
+
+
+def test_labels_without_query_ids_are_an_error(model, ids):
+    with pytest.raises(ValueError, match="query_ids"):
+        model(torch.tensor([ids[0]]), labels=torch.tensor([1.0]))
+
+
+def test_query_ids_alone_give_no_loss(model, ids):
+    assert model(torch.tensor([ids[0]]), query_ids=torch.tensor([0])).loss is None
+
+
+def test_gradient_reaches_a_head_at_zero(architecture, processor, ids):
+    model = tiny.make_model(architecture)
+    nn.init.zeros_(model.score.weight)
+    nn.init.zeros_(model.score.bias)
+    input_ids, mask = padded(ids[:2], "left")
+    output = model(input_ids, mask, labels=torch.tensor([1.0, 0.0]), query_ids=torch.tensor([0, 0]))
+    assert output.score.tolist() == [[0], [0]]
+    assert output.loss.item() == pytest.approx(0.8)
+    output.loss.backward()
+    assert model.score.weight.grad.abs().max() > 1e-3
+    with torch.no_grad():
+        model.score.weight -= 0.01 * model.score.weight.grad
+    better, worse = scores_of(model, input_ids, mask).tolist()
+    assert better > worse
+
+
+def test_gradient_reaches_every_weight(loaded, ids):
+    input_ids, mask = padded(ids, "left")
+    labels = torch.linspace(0, 1, len(ids))
+    loaded.config.margin_scale = 2.0
+    loaded.train()
+    loaded(input_ids, mask, labels=labels, query_ids=torch.zeros(len(ids), dtype=torch.long)).loss.backward()
+    without = {name for name, parameter in loaded.named_parameters() if not parameter.grad.any()}
+    assert without <= {"score.bias"}
+
+
+def test_gradient_checkpointing_changes_no_gradient(loaded, ids):
+    loaded.train()
+    input_ids, mask = padded(ids[:2], "left")
+    inputs = {"labels": torch.tensor([1.0, 0.0]), "query_ids": torch.tensor([0, 0])}
+    loaded(input_ids, mask, **inputs).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in loaded.named_parameters()}
+    loaded.zero_grad()
+    loaded.gradient_checkpointing_enable()
+    assert loaded.model.is_gradient_checkpointing
+    loaded(input_ids, mask, **inputs).loss.backward()
+    for name, parameter in loaded.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], **TOLERANCE)
+
+
+def test_the_trainer_divides_the_loss_by_the_accumulation_steps(model):
+    assert model.accepts_loss_kwargs is False
+
+
+# Other decoders
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
+def other(request, processor):
+    kwargs = {}
+    if request.param == "gemma3_text":
+        # A window far shorter than the texts, on one of the two layers.
+        kwargs = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    return tiny.make_model(request.param, processor, **kwargs)
+
+
+def test_any_decoder_can_be_the_backbone(other, ids, content_cls_mask, tmp_path):
+    assert type(other.model) is tiny.BACKBONES[other.config.text_config.model_type]
+    expected = [tiny.reference_score(other, each) for each in ids]
+    input_ids, mask = padded(ids, "left", 3)
+    assert scores_of(other, input_ids, mask).tolist() == pytest.approx(expected, abs=1e-5)
+    types = [[0] * (len(row) - len(each)) + [1] * (len(each) - 1) + [2] for row, each in zip(mask, ids, strict=True)]
+    full = torch.stack([content_cls_mask(each) for each in types])
+    assert scores_of(other, input_ids, full).tolist() == pytest.approx(expected, abs=1e-5)
+    assert scores_of(other, input_ids, additive(full)).tolist() == pytest.approx(expected, abs=1e-5)
+
+    other.save_pretrained(tmp_path)
+    again = QueritForSequenceRanking.from_pretrained(tmp_path)
+    assert again.predict(tiny.pairs()).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_sliding_window_is_shorter_than_the_text(processor, ids):
+    """Without this, the test above would prove nothing about windows."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"]}
+    short = tiny.make_model("gemma3_text", sliding_window=8, **layers)
+    long = tiny.make_model("gemma3_text", sliding_window=400, **layers)
+    input_ids = torch.tensor([ids[0]])
+    assert abs(scores_of(short, input_ids) - scores_of(long, input_ids)).item() > 1e-4
+
+
+# Loading what was published
+
+LAYOUTS = {
+    "as published": {},
+    "backbone without prefix": {"prefix": ""},
+    "with lm_head": {"lm_head": True},
+    "without prefix, with lm_head": {"prefix": "", "lm_head": True},
+    "sharded": {"shards": 3},
+    "sharded without prefix": {"shards": 3, "prefix": ""},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_layouts_load(model, ids, reference, tmp_path, layout):
+    options = dict(LAYOUTS[layout])
+    tensors = tiny.published_tensors(model, options.pop("prefix", "model."))
+    if options.pop("lm_head", False):
+        tensors["lm_head.weight"] = torch.randn(512, 32)
+    folder = tiny.write_published(tmp_path / "published", model, tensors, **options)
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+
+    published = QueritForSequenceRanking.from_pretrained(folder)
+    assert type(published) is QueritForSequenceRanking
+    assert type(published.model) is type(model.model)
+    assert not published.training
+    state = published.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(state[key], tensor), key
+    assert published.predict(tiny.pairs()).tolist() == pytest.approx(reference, abs=1e-5)
+
+    # Saved, it is in our layout; no tensor is changed on the way out or on the way back in.
+    published.save_pretrained(tmp_path / "saved")
+    expected = {
+        ("score." + key.removeprefix("head.") if key.startswith("head.") else "model." + key.removeprefix("model.")): each
+        for key, each in tensors.items()
+        if not key.startswith("lm_head.")
+    }
+    saved = tiny.read_tensors(tmp_path / "saved")
+    assert saved.keys() == expected.keys()
+    for key, tensor in saved.items():
+        assert torch.equal(tensor, expected[key]), key
+    again = QueritForSequenceRanking.from_pretrained(tmp_path / "saved").state_dict()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(again[key], tensor), key
+
+
+def test_published_folder_scores_as_the_reference_does(model, tmp_path, content_cls_mask):
+    """mteb's own inputs, transformers' own backbone, numpy: no code of this package."""
+    import importlib
+
+    folder = tiny.write_published(tmp_path, model, tiny.published_tensors(model))
+    wrapper_class = importlib.import_module("mteb.models.model_implementations.querit_models").QueritWrapper
+    wrapper = wrapper_class.__new__(wrapper_class)
+    wrapper.tokenizer, wrapper.device = model.processor.tokenizer, torch.device("cpu")
+    wrapper.cls_token_id, wrapper.pad_token_id, wrapper.max_length = model.processor.cls_token_id, 0, 80
+    documents = [document for document in tiny.DOCUMENTS if isinstance(document, str)]
+    inputs = wrapper.process_inputs([wrapper.format_instruction(None, tiny.QUERY, each) for each in documents])
+
+    backbone = type(model.model).from_pretrained(folder).eval()
+    with torch.inference_mode():
+        states = backbone(**inputs).last_hidden_state[:, -1].double().numpy()
+    head = tiny.read_tensors(folder)
+    logits = states @ head["head.weight"].double().numpy().T + head["head.bias"].double().numpy()
+    expected = tiny.softmax_difference(logits)
+
+    published = QueritForSequenceRanking.from_pretrained(folder)
+    assert published.predict(tiny.pairs(documents)).tolist() == pytest.approx(expected, abs=1e-4)
+    with torch.inference_mode():
+        assert published(**inputs)["score"].squeeze(-1).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_published_bfloat16_weights_stay_bfloat16(model, tmp_path):
+    tensors = {
+        key: tensor if key.endswith("e_score_correction_bias") else tensor.bfloat16()
+        for key, tensor in tiny.published_tensors(model).items()
+    }
+    folder = tiny.write_published(tmp_path / "published", model, dict(sorted(tensors.items())))
+    published = QueritForSequenceRanking.from_pretrained(folder)
+    assert published.dtype == torch.bfloat16
+    published.save_pretrained(tmp_path / "saved")
+    saved = tiny.read_tensors(tmp_path / "saved")
+    for key, tensor in tensors.items():
+        ours = saved[key.replace("head.", "score.")]
+        assert ours.dtype == tensor.dtype, key
+        assert torch.equal(ours, tensor), key
+    assert QueritForSequenceRanking.from_pretrained(tmp_path / "saved").dtype == torch.bfloat16
+
+
+def test_saving_in_shards(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    again = QueritForSequenceRanking.from_pretrained(tmp_path).state_dict()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(again[key], tensor), key
+
+
+def test_the_auto_classes_know_the_folder(saved_folder):
+    assert type(AutoModel.from_pretrained(saved_folder)) is QueritForSequenceRanking
+    classifier = AutoModelForSequenceClassification.from_pretrained(saved_folder)
+    assert type(classifier) is QueritForSequenceClassification
+
+
+def test_what_the_classifier_saves_loads_as_the_ranker(saved_folder, model, tmp_path):
+    QueritForSequenceClassification.from_pretrained(saved_folder).save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert type(again) is QueritForSequenceRanking
+    torch.testing.assert_close(again.predict(tiny.pairs()), model.predict(tiny.pairs()), **TOLERANCE)
+
+
+def test_loading_info_on_request(saved_folder):
+    model, info = QueritForSequenceRanking.from_pretrained(saved_folder, output_loading_info=True)
+    assert type(model) is QueritForSequenceRanking
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+# Damaged checkpoints
+
+DAMAGES = {
+    "head": ["head.weight", "head.bias"],
+    "head weight": ["head.weight"],
+    "head bias": ["head.bias"],
+    "backbone weight": ["model.layers.1.self_attn.o_proj.weight"],
+    "embedding": ["model.embed_tokens.weight"],
+    "norm": ["model.norm.weight"],
+}
+MOE_DAMAGES = {
+    "routing bias": ["model.layers.1.mlp.gate.e_score_correction_bias"],
+    "experts of a layer": [f"model.layers.1.mlp.experts.{index}.down_proj.weight" for index in range(tiny.EXPERTS)],
+}
+NAMED = {
+    "head": r"score\.weight|score\.bias",
+    "head weight": r"(head|score)\.weight",
+    "head bias": r"(head|score)\.bias",
+    "experts of a layer": r"layers\.1\.mlp\.experts.*down_proj",
+}
+
+
+def assert_error_names(folder, pattern, loader=QueritForSequenceRanking):
+    with pytest.raises(ValueError, match=pattern):
+        loader.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_missing_weight_is_an_error_that_names_it(model, tmp_path, damage, prefix):
+    tensors = tiny.published_tensors(model, prefix)
+    for key in DAMAGES[damage]:
+        del tensors[key if key.startswith("head.") else prefix + key.removeprefix("model.")]
+    folder = tiny.write_published(tmp_path, model, tensors)
+    assert_error_names(folder, NAMED.get(damage, DAMAGES[damage][0].replace(".", r"\.")))
+
+
+@pytest.mark.parametrize("damage", MOE_DAMAGES)
+def test_a_missing_weight_of_a_moe_layer_is_an_error_that_names_it(models, tmp_path, damage):
+    model = models("deepseek_v3")
+    tensors = tiny.published_tensors(model)
+    for key in MOE_DAMAGES[damage]:
+        del tensors[key]
+    folder = tiny.write_published(tmp_path, model, tensors)
+    assert_error_names(folder, NAMED.get(damage, MOE_DAMAGES[damage][0].replace(".", r"\.")))
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("index", [0, tiny.EXPERTS - 1])
+def test_one_missing_expert_is_an_error_that_names_its_layer(models, tmp_path, index, name):
+    model = models("deepseek_v3")
+    tensors = tiny.published_tensors(model)
+    del tensors[f"model.layers.1.mlp.experts.{index}.{name}.weight"]
+    assert_error_names(tiny.write_published(tmp_path, model, tensors), r"layers\.1\.mlp\.experts")
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (3, 32), (2, 16)])
+def test_a_misshapen_head_is_an_error_that_names_it(model, tmp_path, shape):
+    tensors = tiny.published_tensors(model)
+    tensors["head.weight"] = torch.randn(shape)
+    folder = tiny.write_published(tmp_path, model, tensors)
+    assert_error_names(folder, rf"score\.weight.*\({shape[0]}, {shape[1]}\).*\(2, 32\)")
+
+
+def test_a_misshapen_bias_is_an_error_that_names_it(model, tmp_path):
+    tensors = tiny.published_tensors(model)
+    tensors["head.bias"] = torch.randn(1)
+    assert_error_names(tiny.write_published(tmp_path, model, tensors), r"score\.bias")
+
+
+def test_damage_in_our_own_layout_is_an_error_too(saved_folder, tmp_path):
+    shutil.copytree(saved_folder, tmp_path / "damaged")
+    [path] = (tmp_path / "damaged").glob("*.safetensors")
+    tensors = tiny.read_tensors(tmp_path / "damaged")
+    del tensors["score.bias"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    for loader in [QueritForSequenceRanking, QueritForSequenceClassification, AutoModel]:
+        assert_error_names(tmp_path / "damaged", r"score\.bias", loader)
+
+
+def test_a_plain_decoder_is_no_reranker(model, tmp_path):
+    model.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"score\.bias, score\.weight.*from_backbone"):
+        QueritForSequenceRanking.from_pretrained(tmp_path)
+
+
+def test_the_error_names_what_was_left_over(model, tmp_path):
+    tensors = tiny.published_tensors(model)
+    tensors["classifier.weight"] = tensors.pop("head.weight")
+    folder = tiny.write_published(tmp_path, model, tensors)
+    assert_error_names(folder, r"score\.weight.*classifier\.weight")
+
+
+# Others
+
+
+def test_copies_are_independent(model, ids):
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.score.bias += 1
+    assert scores_of(model, torch.tensor([ids[0]])) != scores_of(twin, torch.tensor([ids[0]]))
+
+
+def test_vocabulary_can_grow(loaded, ids, reference, tmp_path):
+    loaded.resize_token_embeddings(520)
+    assert loaded.config.text_config.vocab_size == 520
+    loaded.save_pretrained(tmp_path)
+    again = QueritForSequenceRanking.from_pretrained(tmp_path)
+    assert again.get_input_embeddings().num_embeddings == 520
+    assert scores_of(again, torch.tensor([ids[0]])).item() == pytest.approx(reference[0], abs=1e-5)

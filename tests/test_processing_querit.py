@@ -1,0 +1,513 @@
+import time
+
+import pytest
+import tiny
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from modeling_querit import QueritProcessor
+from modeling_querit.processing_querit import CHAT_TEMPLATE, CLS_TOKEN, DEFAULT_INSTRUCTION
+
+ANY_TEXT = st.text(max_size=40)
+# Characters on which tokenizers differ: several scripts, marks, digits, spaces, an emoji of several characters.
+VARIED_TEXT = st.text(alphabet="ab Zé\u0301中文かن🙂\u200d1 2;:?.)(\n\t\u00a0\u2028", max_size=40)
+WORDS = st.lists(st.sampled_from(["the", "book", "f(x)", "who?", "1831", "知らない", "...", "é"]), max_size=30).map(
+    " ".join
+)
+TEXT = st.one_of(ANY_TEXT, VARIED_TEXT, WORDS)
+
+
+@pytest.fixture(scope="session")
+def wrapper_of():
+    """mteb's own wrapper around a tokenizer, without the model that its constructor would load."""
+    module = pytest.importorskip("mteb.models.model_implementations.querit_models")
+
+    def make(processor, max_length=511):
+        wrapper = module.QueritWrapper.__new__(module.QueritWrapper)
+        wrapper.tokenizer = processor.tokenizer
+        wrapper.cls_token_id = processor.tokenizer.convert_tokens_to_ids("[CLS]")
+        wrapper.pad_token_id = processor.tokenizer.pad_token_id or 0
+        wrapper.max_length = max_length
+        wrapper.device = torch.device("cpu")
+        return wrapper
+
+    return make
+
+
+def holds_a_token_name(tokenizer, *texts):
+    return any(str(token) in text for token in tokenizer.get_added_vocab() for text in texts)
+
+
+def reference_ids(wrapper, instruction, query, content):
+    """The reference's ids, without its padding."""
+    inputs = wrapper.process_inputs([wrapper.format_instruction(instruction, query, content)])
+    is_token = inputs["attention_mask"][0, 0].diagonal()
+    # Nothing was cut: the reference drops the first token of a text that fills its limit.
+    assume(not is_token[0])
+    return inputs["input_ids"][0][is_token].tolist()
+
+
+def encode(processor, query, document, instruction=None, max_length=None):
+    return processor.encode([query], [document], instruction, max_length)[0]
+
+
+def plain_ids(processor, text):
+    return processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+# The reference
+
+
+@given(query=TEXT, content=TEXT, instruction=st.one_of(st.none(), TEXT))
+def test_ids_are_those_of_the_reference(any_processor, wrapper_of, query, content, instruction):
+    assume(not holds_a_token_name(any_processor.tokenizer, query, content, instruction or ""))
+    expected = reference_ids(wrapper_of(any_processor), instruction, query, content)
+    pair = encode(any_processor, query, content, instruction, max_length=512)
+    assert pair == (expected, 0, 0)
+
+
+def test_batch_is_the_reference_batch(processor, wrapper_of):
+    queries = ["who wrote it", "the judge"]
+    contents = ["nobody", "a book about the content"]
+    wrapper = wrapper_of(processor, max_length=100)
+    texts = [wrapper.format_instruction(None, query, content) for query, content in zip(queries, contents, strict=True)]
+    theirs, ours = wrapper.process_inputs(texts), processor(queries, contents)
+    width = ours["input_ids"].shape[1]
+    assert ours["attention_mask"].sum(-1).max() == width
+    assert torch.equal(theirs["input_ids"][:, -width:], ours["input_ids"])
+    assert torch.equal(
+        theirs["attention_mask"][:, 0].diagonal(dim1=-2, dim2=-1)[:, -width:], ours["attention_mask"].bool()
+    )
+
+
+def test_text_is_the_published_one(any_processor):
+    ids = encode(any_processor, "who wrote Faust", "Goethe did.").input_ids
+    assert ids[-1] == any_processor.tokenizer.convert_tokens_to_ids("[CLS]")
+    assert any_processor.tokenizer.decode(ids[:-1]) == (
+        "Judge whether the Content meets the requirements based on the Query. "
+        "Query: who wrote Faust; Content: Goethe did."
+    )
+
+
+def test_one_instruction_each(processor):
+    each = processor.encode(["a", "b"], ["c", "d"], ["First.", "Second."])
+    assert each == [encode(processor, "a", "c", "First."), encode(processor, "b", "d", "Second.")]
+    assert processor.encode(["a", "b"], ["c", "d"], "First.") == [
+        encode(processor, "a", "c", "First."),
+        encode(processor, "b", "d", "First."),
+    ]
+
+
+# Titles
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"title": "A title", "text": "the text "},
+        {"title": " A title", "text": ""},
+        {"title": "A title ", "text": "\n the text"},
+        {"title": "\u3000A title", "text": "the text\u00a0"},
+    ],
+)
+def test_title_and_text_are_joined_as_mteb_joins_them(processor, document):
+    joined = (document["title"] + " " + document["text"]).strip()
+    assert encode(processor, "q", document) == encode(processor, "q", joined)
+
+
+def test_mteb_joins_title_and_text_so(processor):
+    loaders = pytest.importorskip("mteb._create_dataloaders")
+    for title, text in [(" A title ", " the text "), ("A", ""), (" ", "the text")]:
+        row = loaders._corpus_to_dict({"id": "1", "title": title, "text": text})
+        assert encode(processor, "q", {"title": title, "text": text}) == encode(processor, "q", row["text"])
+
+
+@pytest.mark.parametrize("title", [None, ""])
+def test_without_a_title_the_text_is_as_given(processor, title):
+    assert encode(processor, "q", {"title": title, "text": " the text "}) == encode(processor, "q", " the text ")
+    assert encode(processor, "q", {"text": " the text "}) == encode(processor, "q", " the text ")
+
+
+# Too long
+
+
+@given(
+    query=TEXT,
+    content=st.one_of(TEXT, WORDS.map(lambda words: words * 5)),
+    instruction=st.sampled_from([DEFAULT_INSTRUCTION, "", "Find it."]),
+    room=st.integers(-3, 60),
+)
+def test_cutting(any_processor, query, content, instruction, room):
+    """What is lost is the end of the content, then the end of the query; nothing else, and no more than must be."""
+    tokenizer = any_processor.tokenizer
+    assume(not holds_a_token_name(tokenizer, query, content))
+    # The Qwen tokenizer composes characters, so compare texts that are composed already.
+    if tokenizer.backend_tokenizer.normalizer is not None:
+        query, content = (tokenizer.backend_tokenizer.normalizer.normalize_str(text) for text in (query, content))
+    before, after = f"{instruction} Query:", "; Content: "
+    head = f"{before} {query}{after}"
+    shortest = len(plain_ids(any_processor, before)) + len(plain_ids(any_processor, after)) + 1
+    limit = shortest + room
+    uncut = plain_ids(any_processor, head + content)
+
+    if room < 0:
+        # So short a limit leaves no room for the instruction and the words between.
+        with pytest.raises(ValueError, match=r"instruction.*max_length"):
+            any_processor.encode([query], [content], instruction, limit)
+        return
+    ids, cut_content, cut_query = encode(any_processor, query, content, instruction, limit)
+
+    assert ids[-1] == any_processor.cls_token_id
+    assert any_processor.cls_token_id not in ids[:-1]
+    assert len(ids) == min(limit, len(uncut) + 1)
+    kept = tiny.bytes_of(tokenizer, ids[:-1])
+    if cut_query == 0:
+        # A prefix of the whole, which reaches at least to the content.
+        assert ids[:-1] == uncut[: limit - 1]
+        assert kept.startswith(head.encode())
+        assert cut_content == len(uncut) - len(ids[:-1])
+    else:
+        # No room for any content; of the query its beginning is left, and the words after it stand where they were.
+        middle = kept.removeprefix(before.encode())
+        assert len(middle) < len(kept)
+        assert middle.endswith(after.encode())
+        assert f" {query}".encode().startswith(middle.removesuffix(after.encode()))
+        assert cut_content <= len(uncut)
+        assert (cut_content > 0) == bool(content)
+
+
+def test_counts_of_what_was_cut(processor):
+    query, content = "the book " * 30, "a novel " * 30
+    whole = encode(processor, query, content, max_length=10_000)
+    assert whole[1:] == (0, 0)
+    fixed = len(encode(processor, query, "", max_length=10_000).input_ids)
+    size = len(whole.input_ids)
+
+    some = encode(processor, query, content, max_length=size - 7)
+    assert some.input_ids == [*whole.input_ids[: size - 8], processor.cls_token_id]
+    assert some[1:] == (7, 0)
+
+    # One for every `a` and `novel`, whose letters are no words of this tokenizer.
+    of_content = len(plain_ids(processor, " " + content.rstrip())) + 1
+    none = encode(processor, query, content, max_length=fixed - 5)
+    assert none[1:] == (of_content, 5)
+
+
+def test_a_one_word_document_that_is_cut_is_counted(processor):
+    # ` the` is one token, the space of `Content: ` in it: with the word goes nothing else.
+    query = "the book " * 30
+    fixed = len(encode(processor, query, "", max_length=10_000).input_ids)
+    pair = encode(processor, query, "the", max_length=fixed - 5)
+    assert (pair.cut_content, pair.cut_query) == (1, 5)
+
+
+@pytest.mark.parametrize("query", ["f(x);" * 100, "who?" * 100, "f(x)" * 100])
+def test_cutting_a_query_keeps_the_semicolon(any_processor, query):
+    # `);` and `?;` are tokens that reach over the query's end.
+    pair = encode(any_processor, query, "the text", max_length=60)
+    text = any_processor.tokenizer.decode(pair.input_ids)
+    assert text.startswith(DEFAULT_INSTRUCTION + " Query: ")
+    assert text.endswith("; Content: [CLS]")
+    assert len(pair.input_ids) == 60
+
+
+def test_an_instruction_that_is_too_long_is_an_error(any_processor):
+    with pytest.raises(ValueError, match=r"instruction takes \d+ tokens.*max_length = 40"):
+        encode(any_processor, "q", "d", "Judge the book " * 40, max_length=40)
+
+
+@pytest.mark.parametrize("max_length", [1, 0])
+def test_no_room_at_all_is_an_error(processor, max_length):
+    with pytest.raises(ValueError, match="max_length"):
+        encode(processor, "q", "d", max_length=max_length)
+
+
+def test_the_limit_is_the_tokenizers_but_4096_at_most(tokenizer, deepseek_tokenizer, qwen_tokenizer):
+    assert QueritProcessor(tokenizer).max_length == tiny.MAX_LENGTH
+    assert QueritProcessor(deepseek_tokenizer).max_length == 4096
+    assert QueritProcessor(qwen_tokenizer).max_length == 4096
+    assert QueritProcessor(qwen_tokenizer, max_length=8192).max_length == 8192
+    assert len(encode(QueritProcessor(tokenizer), "q", tiny.LONG_DOCUMENT).input_ids) == tiny.MAX_LENGTH
+    assert len(encode(QueritProcessor(tokenizer, 99), "q", tiny.LONG_DOCUMENT).input_ids) == 99
+
+
+# A tokenizer that splits at its own space sign, as Gemma's does
+
+
+@pytest.fixture(scope="module")
+def space_sign_processor():
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<unk>", "[CLS]", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(tiny._CORPUS * 2, trainer)
+    return QueritProcessor(PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>"))
+
+
+@given(query=WORDS, content=WORDS, room=st.integers(0, 40))
+def test_cutting_with_a_space_sign(space_sign_processor, query, content, room):
+    words = len(plain_ids(space_sign_processor, "Find it. Query:")) + len(
+        plain_ids(space_sign_processor, "; Content: ")
+    )
+    ids, cut_content, cut_query = encode(space_sign_processor, query, content, "Find it.", words + 1 + room)
+    text = space_sign_processor.tokenizer.decode(ids)
+    assert text.startswith("Find it. Query:")
+    assert text.endswith("[CLS]")
+    assert "; Content: " in text
+    if not cut_query:
+        assert text.startswith(f"Find it. Query: {query}; Content: ")
+    else:
+        assert text.endswith("; Content: [CLS]")
+        assert (cut_content > 0) == bool(content)
+
+
+# Odd texts
+
+
+@pytest.mark.parametrize(("query", "content"), [("", ""), ("", "text"), ("query", ""), (" ", "\n")])
+def test_empty_texts(any_processor, wrapper_of, query, content):
+    expected = reference_ids(wrapper_of(any_processor), None, query, content)
+    assert encode(any_processor, query, content).input_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("broken", "clean"),
+    [
+        ("a\ud800b", "a\ufffdb"),
+        ("a\udc00b", "a\ufffdb"),
+        ("\ud800", "\ufffd"),
+        ("end\ud83d", "end\ufffd"),
+        ("\udc00\ud800", "\ufffd\ufffd"),
+        ("\ud800\ud800", "\ufffd\ufffd"),
+        ("\ud83d\ude42", "🙂"),
+        ("\ud800\ud83d\ude42", "\ufffd🙂"),
+        ("\ufeffa\ud800", "\ufeffa\ufffd"),
+    ],
+)
+def test_surrogates(any_processor, broken, clean):
+    assert encode(any_processor, broken, "d") == encode(any_processor, clean, "d")
+    assert encode(any_processor, "q", broken) == encode(any_processor, "q", clean)
+    assert encode(any_processor, "q", "d", broken) == encode(any_processor, "q", "d", clean)
+    title = {"title": broken, "text": "d"}
+    assert encode(any_processor, "q", title) == encode(any_processor, "q", {"title": clean, "text": "d"})
+
+
+@given(st.text(alphabet="ab\ud800\udbff\udc00\udfff🙂\ufeff", max_size=12))
+def test_surrogates_pair_up_or_are_replaced(processor, text):
+    clean = []
+    for character in text:
+        if clean and "\ud800" <= clean[-1] <= "\udbff" and "\udc00" <= character <= "\udfff":
+            low, high = ord(character) - 0xDC00, ord(clean[-1]) - 0xD800
+            clean[-1] = chr(0x10000 + (high << 10) + low)
+        else:
+            clean.append(character)
+    clean = "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in clean)
+    assert encode(processor, "q", text) == encode(processor, "q", clean)
+
+
+def test_nul_is_a_character_like_another(any_processor):
+    ids = encode(any_processor, "a\x00b", "\x00").input_ids
+    assert any_processor.tokenizer.decode(ids[:-1]).endswith("Query: a\x00b; Content: \x00")
+
+
+@pytest.mark.parametrize("document", ["the book " * 116_509, "a知" * 262_144], ids=["words", "no spaces"])
+def test_a_megabyte(any_processor, document):
+    start = time.perf_counter()
+    pair = encode(any_processor, "who wrote it", document, max_length=256)
+    assert time.perf_counter() - start < 30
+    assert len(pair.input_ids) == 256
+    assert pair.cut_query == 0
+    assert pair.cut_content > 200_000
+
+
+def test_names_of_special_tokens_are_text(any_processor):
+    tokenizer = any_processor.tokenizer
+    names = [str(name) for name in tokenizer.all_special_tokens]
+    assert "[CLS]" in names
+    typed = " ".join(names)
+    for query, document, instruction in [
+        (typed, typed, typed),
+        ("[CLS]", "[CLS][CLS]", None),
+        ("q", {"title": typed, "text": typed}, None),
+        ("q", typed * 3, None),
+    ]:
+        ids = encode(any_processor, query, document, instruction, max_length=1000).input_ids
+        assert set(ids) & set(tokenizer.all_special_ids) == {any_processor.cls_token_id}
+        assert ids.count(any_processor.cls_token_id) == 1
+        assert ids[-1] == any_processor.cls_token_id
+    assert tokenizer.decode(encode(any_processor, "q", typed).input_ids[:-1]).endswith(f"; Content: {typed}")
+
+
+def test_names_of_special_tokens_are_text_when_cut(any_processor):
+    ids = encode(any_processor, "[CLS]" * 90, "[CLS]" * 90, max_length=60).input_ids
+    assert len(ids) == 60
+    assert ids.count(any_processor.cls_token_id) == 1
+
+
+# What is no text
+
+
+@pytest.mark.parametrize("value", [None, 7, 1.5, b"bytes", ["list"], float("nan")])
+def test_what_is_no_text_is_an_error(processor, value):
+    with pytest.raises(TypeError, match="query"):
+        processor.encode([value], ["d"])
+    with pytest.raises(TypeError, match="document"):
+        processor.encode(["q"], [value])
+    with pytest.raises(TypeError, match="document"):
+        processor.encode(["q"], [{"text": value}])
+    with pytest.raises(TypeError, match="document"):
+        processor.encode(["q"], [{"title": "only"}])
+    if value is not None:
+        with pytest.raises(TypeError, match="title"):
+            processor.encode(["q"], [{"title": value, "text": "d"}])
+        with pytest.raises(TypeError):
+            processor.encode(["q"], ["d"], [value])
+
+
+def test_counts_must_agree(processor):
+    with pytest.raises(ValueError, match="2 queries, 1 documents"):
+        processor.encode(["a", "b"], ["c"])
+    with pytest.raises(ValueError, match="2 instructions"):
+        processor.encode(["a"], ["c"], ["First.", "Second."])
+
+
+def test_no_pairs_give_no_ids(processor):
+    assert processor.encode([], []) == []
+
+
+def test_a_tokenizer_without_cls_is_an_error(tokenizer):
+    backend = tiny.make_tokenizer().backend_tokenizer
+    from tokenizers import Tokenizer, models
+
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    plain.backend_tokenizer.pre_tokenizer = backend.pre_tokenizer
+    with pytest.raises(ValueError, match=r"\[CLS\].*from_backbone"):
+        QueritProcessor(plain)
+
+
+def test_a_slow_tokenizer_is_an_error():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ValueError, match="Slow is no fast tokenizer"):
+        QueritProcessor(Slow())
+
+
+# Batches
+
+
+def test_padding_is_on_the_left(processor):
+    batch = processor(["q", "q"], ["d", "a longer document"])
+    short, long = (encode(processor, "q", document).input_ids for document in ["d", "a longer document"])
+    gap = len(long) - len(short)
+    assert batch["input_ids"].tolist() == [[0] * gap + short, long]
+    assert batch["attention_mask"].tolist() == [[0] * gap + [1] * len(short), [1] * len(long)]
+    assert set(batch) == {"input_ids", "attention_mask"}
+
+
+def test_batch_as_lists(processor):
+    assert processor(["q"], ["d"], return_tensors=None)["input_ids"] == [encode(processor, "q", "d").input_ids]
+
+
+# The chat template, and the tokenizer that other runtimes load
+
+
+def messages(query, document, title=None, instruction=None):
+    roles = {"system": instruction, "query": query, "title": title, "document": document}
+    return [{"role": role, "content": content} for role, content in roles.items() if content is not None]
+
+
+@pytest.fixture(scope="session")
+def portable(any_processor, tmp_path_factory):
+    """The tokenizer as it lies in a saved folder, loaded by AutoTokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    any_processor.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@given(query=TEXT, document=TEXT, title=st.one_of(st.none(), TEXT), instruction=st.one_of(st.none(), TEXT))
+def test_chat_template_gives_the_same_ids(any_processor, portable, query, document, title, instruction):
+    assume(not holds_a_token_name(portable, query, document, title or "", instruction or ""))
+    rendered = portable.apply_chat_template(messages(query, document, title, instruction), tokenize=False)
+    expected = encode(any_processor, query, {"title": title, "text": document}, instruction, max_length=1000)
+    assert portable(rendered, add_special_tokens=True)["input_ids"] == expected.input_ids
+    chat = portable.apply_chat_template(messages(query, document, title, instruction), tokenize=True, return_dict=True)
+    assert chat["input_ids"] == expected.input_ids
+
+
+def test_order_of_the_messages_does_not_matter(portable):
+    one = messages("q", "d", "t", "i")
+    assert portable.apply_chat_template(one, tokenize=False) == portable.apply_chat_template(one[::-1], tokenize=False)
+    assert portable.apply_chat_template(one, tokenize=False) == "i Query: q; Content: t d[CLS]"
+
+
+def test_the_saved_tokenizer_adds_nothing_by_itself(any_processor, portable):
+    text = "who wrote it; nobody"
+    plain = any_processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert portable(text, add_special_tokens=True)["input_ids"] == plain
+    assert portable([text, "x"], text_pair=["y", "z"], add_special_tokens=True)["input_ids"] == [
+        any_processor.tokenizer(one, add_special_tokens=False)["input_ids"]
+        + any_processor.tokenizer(other, add_special_tokens=False)["input_ids"]
+        for one, other in [(text, "y"), ("x", "z")]
+    ]
+
+
+def test_the_saved_tokenizer_drops_what_a_post_processor_added(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.make_tokenizer(bos_token="<|im_end|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_end|> $A", special_tokens=[("<|im_end|>", 1)]
+    )
+    assert tokenizer("a")["input_ids"][0] == 1
+    processor = QueritProcessor(tokenizer)
+    assert encode(processor, "q", "d").input_ids[0] != 1
+    processor.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("a", add_special_tokens=True)["input_ids"] == tokenizer("a", add_special_tokens=False)["input_ids"]
+    # The one that was given is left alone.
+    assert tokenizer("a")["input_ids"][0] == 1
+
+
+def test_the_saved_tokenizer_pads_on_the_left(portable, any_processor):
+    assert portable.padding_side == "left"
+    assert portable.cls_token == CLS_TOKEN
+    assert portable.cls_token_id == any_processor.cls_token_id
+    assert portable.chat_template == CHAT_TEMPLATE
+    assert portable.model_max_length == any_processor.max_length
+    assert portable.pad_token is not None
+    batch = portable(["x", "a longer text"], padding=True)
+    assert batch["attention_mask"][0][0] == 0
+    assert batch["attention_mask"][0][-1] == 1
+
+
+@given(query=TEXT, document=TEXT)
+def test_round_trip(any_processor, round_trip, query, document):
+    assert encode(round_trip, query, document) == encode(any_processor, query, document)
+
+
+@pytest.fixture(scope="session")
+def round_trip(any_processor, tmp_path_factory):
+    first, second = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
+    any_processor.save_pretrained(first)
+    QueritProcessor.from_pretrained(first).save_pretrained(second)
+    return QueritProcessor.from_pretrained(second)
+
+
+def test_round_trip_of_the_limit(tokenizer, tmp_path):
+    QueritProcessor(tokenizer, max_length=99).save_pretrained(tmp_path)
+    assert QueritProcessor.from_pretrained(tmp_path).max_length == 99
+    assert QueritProcessor.from_pretrained(tmp_path, max_length=50).max_length == 50
+
+
+def test_special_tokens_survive_the_round_trip(any_processor, round_trip):
+    old, new = any_processor.tokenizer, round_trip.tokenizer
+    assert new.get_vocab() == old.get_vocab()
+    assert (new.pad_token or new.eos_token, new.eos_token) == (old.pad_token or old.eos_token or CLS_TOKEN, old.eos_token)
+    assert set(new.all_special_tokens) >= set(map(str, old.all_special_tokens))
