@@ -125,6 +125,13 @@ def test_saving_anew_forgets_the_repository_that_auto_map_named(saved_folder, tm
     assert not any("--" in value for value in auto_map.values())
 
 
+def test_the_folder_a_backbone_came_from_is_not_written_down(architecture, tmp_path):
+    tiny.make_text_config(architecture).save_pretrained(tmp_path / "private-backbone")
+    text_config = AutoConfig.from_pretrained(tmp_path / "private-backbone")
+    QueritConfig(text_config=text_config).save_pretrained(tmp_path / "saved")
+    assert "private-backbone" not in (tmp_path / "saved" / "config.json").read_text()
+
+
 def test_a_published_config_becomes_the_backbone(architecture, tmp_path):
     published = tiny.make_text_config(architecture).to_dict()
     published |= {"architectures": ["MLQwen3Model"], "dtype": "bfloat16"}

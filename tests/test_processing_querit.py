@@ -276,20 +276,20 @@ def test_empty_texts(any_processor, wrapper_of, query, content):
     assert encode(any_processor, query, content).input_ids == expected
 
 
-@pytest.mark.parametrize(
-    ("broken", "clean"),
-    [
-        ("a\ud800b", "a\ufffdb"),
-        ("a\udc00b", "a\ufffdb"),
-        ("\ud800", "\ufffd"),
-        ("end\ud83d", "end\ufffd"),
-        ("\udc00\ud800", "\ufffd\ufffd"),
-        ("\ud800\ud800", "\ufffd\ufffd"),
-        ("\ud83d\ude42", "🙂"),
-        ("\ud800\ud83d\ude42", "\ufffd🙂"),
-        ("\ufeffa\ud800", "\ufeffa\ufffd"),
-    ],
-)
+SURROGATES = [
+    ("a\ud800b", "a\ufffdb"),
+    ("a\udc00b", "a\ufffdb"),
+    ("\ud800", "\ufffd"),
+    ("end\ud83d", "end\ufffd"),
+    ("\udc00\ud800", "\ufffd\ufffd"),
+    ("\ud800\ud800", "\ufffd\ufffd"),
+    ("\ud83d\ude42", "🙂"),
+    ("\ud800\ud83d\ude42", "\ufffd🙂"),
+    ("\ufeffa\ud800", "\ufeffa\ufffd"),
+]
+
+
+@pytest.mark.parametrize(("broken", "clean"), SURROGATES)
 def test_surrogates(any_processor, broken, clean):
     assert encode(any_processor, broken, "d") == encode(any_processor, clean, "d")
     assert encode(any_processor, "q", broken) == encode(any_processor, "q", clean)
@@ -424,11 +424,16 @@ def messages(query, document, title=None, instruction=None):
 
 
 @pytest.fixture(scope="session")
-def portable(any_processor, tmp_path_factory):
-    """The tokenizer as it lies in a saved folder, loaded by AutoTokenizer."""
+def portable_folder(any_processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     any_processor.save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def portable(portable_folder):
+    """The tokenizer as it lies in a saved folder, loaded by AutoTokenizer."""
+    return AutoTokenizer.from_pretrained(portable_folder)
 
 
 @given(query=TEXT, document=TEXT, title=st.one_of(st.none(), TEXT), instruction=st.one_of(st.none(), TEXT))
@@ -493,11 +498,11 @@ def test_round_trip(any_processor, round_trip, query, document):
 
 
 @pytest.fixture(scope="session")
-def round_trip(any_processor, tmp_path_factory):
-    first, second = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
-    any_processor.save_pretrained(first)
-    QueritProcessor.from_pretrained(first).save_pretrained(second)
-    return QueritProcessor.from_pretrained(second)
+def round_trip(portable_folder, tmp_path_factory):
+    """The processor after it was saved and loaded twice."""
+    folder = tmp_path_factory.mktemp("again")
+    QueritProcessor.from_pretrained(portable_folder).save_pretrained(folder)
+    return QueritProcessor.from_pretrained(folder)
 
 
 def test_round_trip_of_the_limit(tokenizer, tmp_path):
@@ -509,5 +514,8 @@ def test_round_trip_of_the_limit(tokenizer, tmp_path):
 def test_special_tokens_survive_the_round_trip(any_processor, round_trip):
     old, new = any_processor.tokenizer, round_trip.tokenizer
     assert new.get_vocab() == old.get_vocab()
-    assert (new.pad_token or new.eos_token, new.eos_token) == (old.pad_token or old.eos_token or CLS_TOKEN, old.eos_token)
+    assert (new.pad_token or new.eos_token, new.eos_token) == (
+        old.pad_token or old.eos_token or CLS_TOKEN,
+        old.eos_token,
+    )
     assert set(new.all_special_tokens) >= set(map(str, old.all_special_tokens))

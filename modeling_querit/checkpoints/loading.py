@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
@@ -14,9 +15,19 @@ from .mini import BASE_NAME, MINI_NAME, base_model, default_model_path
 
 
 def load_model(name: str | os.PathLike, dtype: torch.dtype | str = "auto") -> QueritForSequenceRanking:
-    """A trained reranker: `"mini"`, the default model, or a folder or repository, in our layout or as published."""
+    """A trained reranker: `"mini"`, the default model, or a folder or repository, in our layout or as published.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: if the checkpoint lacks a weight.
+    """
     path = default_model_path() if name == MINI_NAME else name
-    return QueritForSequenceRanking.from_pretrained(path, dtype=dtype)
+    try:
+        return QueritForSequenceRanking.from_pretrained(path, dtype=dtype)
+    except OSError as error:
+        if Path(path).is_dir():
+            raise
+        raise OSError(f"{path} is no folder, and no repository that could be reached: {error}") from error
 
 
 def load_for_training(name: str | os.PathLike, dtype: torch.dtype = torch.float32) -> QueritForSequenceRanking:

@@ -51,15 +51,15 @@ class BM25:
         self.ids = list(documents)
         texts = [f"{document.get('title') or ''} {document['text']}" for document in documents.values()]
         self._index = bm25s.BM25(method="lucene")
-        self._index.index([tokenize(text) or [""] for text in texts], show_progress=False)
+        self._index.index([tokenize(text) for text in texts], show_progress=False)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
         """For each query its `k` best (document id, score), best first."""
-        if not queries:
-            return []
-        k = min(k, len(self.ids))
-        found, scores = self._index.retrieve([tokenize(query) or [""] for query in queries], k=k, show_progress=False)
-        return [
-            [(self.ids[index], float(score)) for index, score in zip(*row, strict=True)]
-            for row in zip(found, scores, strict=True)
-        ]
+        return [self._search(query, min(k, len(self.ids))) for query in queries]
+
+    def _search(self, query: str, k: int) -> list[tuple[str, float]]:
+        known = [token for token in tokenize(query) if token in self._index.vocab_dict]
+        if not known:
+            return [(document, 0.0) for document in self.ids[:k]]
+        found, scores = self._index.retrieve([known], k=k, show_progress=False)
+        return [(self.ids[index], float(score)) for index, score in zip(found[0], scores[0], strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from ..modeling_querit import QueritForSequenceRanking
 from .losses import LOSSES, ON_LOGIT, ON_SCORE
 
 
@@ -67,6 +68,22 @@ class QueritTrainer(Trainer):
                     group["params"] = [parameter for parameter in group["params"] if parameter not in heads]
                     optimizer.add_param_group({**group, "params": mine, "lr": self.args.head_learning_rate})
         return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if isinstance(model, QueritForSequenceRanking) and not self.is_fsdp_enabled:
+            # The parent's load_state_dict(strict=False) passes over the experts of a mixture in silence: on disk
+            # each has keys of its own, in the model they are one tensor. from_pretrained converts.
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, QueritForSequenceRanking) and not self.is_fsdp_enabled:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def compute_loss(
         self,

@@ -1,0 +1,123 @@
+"""nDCG@10 of a reranker on human judgements: python benchmarks/first_look.py [--model mini] [--data DIR]
+
+Each query's candidates are what the collection lists for it, or else BM25's best; they are then put at random (the
+mean of 20 shuffles), in BM25's order, in the reranker's, and by the sum of both scores, each scaled to [0, 1]. The last
+column is what the best order of the same candidates would get.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from modeling_querit.checkpoints.loading import load_model
+from modeling_querit.evaluation.metrics import mean, ndcg
+from modeling_querit.retrieval.bm25 import BM25
+from modeling_querit.retrieval.collection import Collection
+
+COLUMNS = ("random", "BM25", "BM25 + mini", "sum of both", "best order")
+SHUFFLES = 20
+
+Candidates = dict[str, list[tuple[str, float]]]
+
+
+def load_collections(data: Path) -> dict[str, Collection]:
+    """The four judged collections, and XQuAD with German questions on English documents."""
+    collections = {
+        name: Collection.load(data / "targets" / name, "test")
+        for name in ("scifact", "cranfield", "cacm", "liveqa_med")
+    }
+    english = Collection.load(data / "multilingual" / "xquad-en", "test")
+    german = Collection.load(data / "multilingual" / "xquad-de", "test")
+    # Question and paragraph ids are the same in every language.
+    collections["xquad de->en"] = Collection("xquad de->en", english.documents, german.queries, english.qrels)
+    return collections
+
+
+def first_stage(collection: Collection, queries: list[str], depth: int) -> Candidates:
+    """Of each query its candidates with their BM25 scores, best first."""
+    retriever = BM25(collection.documents)
+    texts = [collection.queries[query] for query in queries]
+    if not collection.candidates:
+        return dict(zip(queries, retriever.search(texts, depth), strict=True))
+    everything = retriever.search(texts, len(collection.documents))
+    return {
+        query: [hit for hit in hits if hit[0] in set(collection.candidates[query])]
+        for query, hits in zip(queries, everything, strict=True)
+    }
+
+
+def compare(collection: Collection, candidates: Candidates, model, max_length: int) -> dict[str, float]:
+    """nDCG@10 by column."""
+    rng = random.Random(0)
+    shuffles: list[dict[str, list[str]]] = [{} for _ in range(SHUFFLES)]
+    lists: dict[str, dict[str, list[str]]] = {name: {} for name in COLUMNS[1:]}
+    for done, (query, hits) in enumerate(candidates.items(), start=1):
+        print(f"\r{collection.name}: {done} of {len(candidates)} queries ", end="", file=sys.stderr, flush=True)
+        documents = [document for document, _ in hits]
+        pairs = [(collection.queries[query], collection.documents[document]) for document in documents]
+        scores = model.predict(pairs, max_length=max_length, show_progress_bar=False).tolist()
+        added = [a + b for a, b in zip(_scaled([score for _, score in hits]), _scaled(scores), strict=True)]
+        grades = collection.qrels[query]
+        for shuffle in shuffles:
+            shuffle[query] = rng.sample(documents, len(documents))
+        lists["BM25"][query] = documents
+        lists["BM25 + mini"][query] = _sorted(documents, scores)
+        lists["sum of both"][query] = _sorted(documents, added)
+        lists["best order"][query] = _sorted(documents, [grades.get(document, 0) for document in documents])
+    print(file=sys.stderr)
+    by_chance = [mean(ndcg(collection.qrels, shuffle)) for shuffle in shuffles]
+    return {"random": sum(by_chance) / SHUFFLES} | {name: mean(ndcg(collection.qrels, lists[name])) for name in lists}
+
+
+def _scaled(scores: list[float]) -> list[float]:
+    low, high = min(scores), max(scores)
+    return [(score - low) / (high - low) if high > low else 0.0 for score in scores]
+
+
+def _sorted(documents: list[str], scores: list[float]) -> list[str]:
+    return [documents[index] for index in sorted(range(len(documents)), key=lambda index: -scores[index])]
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="mini", help="'mini', or a folder or repository")
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument("--queries", type=int, default=30, help="queries a collection, drawn with seed 0 (0: all)")
+    parser.add_argument("--depth", type=int, default=20, help="candidates a query, where the collection lists none")
+    parser.add_argument("--max-length", type=int, default=320, help="tokens a pair may have")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    args = parser.parse_args()
+    if not args.data.is_dir():
+        sys.exit(
+            f"{args.data} is no folder: name one that holds targets/ and multilingual/ in the BEIR layout with --data."
+        )
+    model = load_model(args.model)
+    table = Table("collection", "queries", "pairs", *COLUMNS, "pairs/s", title="nDCG@10 x 100")
+    rows = []
+    for name, collection in load_collections(args.data).items():
+        relevant = sorted(query for query, grades in collection.qrels.items() if max(grades.values()) > 0)
+        queries = random.Random(0).sample(relevant, min(args.queries or len(relevant), len(relevant)))
+        candidates = first_stage(collection, queries, args.depth)
+        start = time.perf_counter()
+        figures = compare(collection, candidates, model, args.max_length)
+        pairs = sum(map(len, candidates.values()))
+        speed = pairs / (time.perf_counter() - start)
+        rows.append({"collection": name, "queries": len(queries), "pairs": pairs, "pairs_per_second": speed} | figures)
+        cells = [f"{100 * figures[column]:.1f}" for column in COLUMNS]
+        table.add_row(name, str(len(queries)), str(pairs), *cells, f"{speed:.1f}")
+    Console(width=120).print(table)
+    if args.json:
+        args.json.write_text(json.dumps({"settings": vars(args), "rows": rows}, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Evaluation: how good an order is, against human judgements."""

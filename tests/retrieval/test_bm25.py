@@ -1,0 +1,56 @@
+import math
+
+import pytest
+
+from modeling_querit.retrieval.bm25 import BM25, tokenize
+
+DOCUMENTS = {
+    "fox": {"title": "Foxes", "text": "The quick brown fox jumps over the lazy dog"},
+    "sea": {"title": "", "text": "The sea is blue and deep"},
+    "東京": {"title": "", "text": "東京都は日本の首都である"},
+    "กรุงเทพ": {"title": "", "text": "กรุงเทพเป็นเมืองหลวงของประเทศไทย"},
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("The 2 cats, 東京都", ["the", "2", "cats", "東京", "京都"]),
+        ("", []),
+        ("!?", []),
+        ("水", ["水"]),
+        ("Straße", ["straße"]),
+        ("ＡＢＣ", ["abc"]),
+        ("кот и пёс", ["кот", "и", "пёс"]),
+    ],
+)
+def test_tokenize(text, tokens):
+    assert tokenize(text) == tokens
+
+
+@pytest.mark.parametrize(
+    ("query", "best"), [("brown FOX", "fox"), ("blue sea", "sea"), ("日本の首都", "東京"), ("เมืองหลวง", "กรุงเทพ")]
+)
+def test_finds_in_any_script(query, best):
+    assert BM25(DOCUMENTS).search([query], k=4)[0][0][0] == best
+
+
+def test_the_score_is_bm25s():
+    """Lucene's formula, k1 = 1.5 and b = 0.75, worked out by hand."""
+    documents = {"a": {"text": "fox fox hen"}, "b": {"text": "hen"}, "c": {"text": "cow"}}
+    average = 5 / 3
+    idf = math.log(1 + (3 - 1 + 0.5) / (1 + 0.5))
+    expected = idf * 2 / (2 + 1.5 * (1 - 0.75 + 0.75 * 3 / average))
+    assert BM25(documents).search(["fox"], k=1)[0][0] == ("a", pytest.approx(expected, rel=1e-5))
+
+
+def test_k_beyond_the_collection_and_unknown_words():
+    found = BM25(DOCUMENTS).search(["zebra", ""], k=100)
+    assert [len(hits) for hits in found] == [4, 4]
+    assert {score for hits in found for _, score in hits} == {0.0}
+
+
+def test_nothing_to_search():
+    assert BM25(DOCUMENTS).search([], k=3) == []
+    with pytest.raises(ValueError, match="no documents"):
+        BM25({})

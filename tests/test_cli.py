@@ -1,0 +1,132 @@
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from modeling_querit.cli import main
+
+LINES = ["a novel by lee", "who wrote the book is unknown", "x"]
+
+
+@pytest.fixture
+def documents(tmp_path):
+    path = tmp_path / "documents.txt"
+    path.write_text("\n".join(LINES) + "\n\n", encoding="utf-8")
+    return str(path)
+
+
+def run(capsys, *argv):
+    """Exit code, standard output and standard error of `querit`."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(argv))
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+def rerank(capsys, folder, *argv):
+    return run(capsys, "rerank", "--query", tiny.QUERY, "--model", str(folder), *argv)
+
+
+def expected_of(model, documents):
+    return [
+        {"index": index, "score": pytest.approx(score, abs=1e-5), "document": document}
+        for index, score, document in model.rank(tiny.QUERY, documents)
+    ]
+
+
+def test_json_best_first(capsys, model, saved_folder, documents):
+    code, out, _ = rerank(capsys, saved_folder, "--json", documents)
+    assert code == 0
+    assert json.loads(out) == {"model": str(saved_folder), "results": expected_of(model, LINES)}
+
+
+def test_top_k(capsys, model, saved_folder, documents):
+    _, out, _ = rerank(capsys, saved_folder, "--json", "--top-k", "1", documents)
+    assert json.loads(out)["results"] == expected_of(model, LINES)[:1]
+
+
+def test_jsonl_keeps_titles_and_whatever_else_a_row_has(capsys, model, saved_folder, tmp_path):
+    rows = [{"_id": "7", "title": "The book", "text": "who wrote it"}, "plain", {"text": "ü"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    _, out, _ = rerank(capsys, saved_folder, "--json", str(path))
+    assert json.loads(out)["results"] == expected_of(model, rows)
+
+
+@pytest.mark.parametrize("text", ["a novel\nx\n", '{"text": "a novel"}\n{"text": "x"}\n', "\ufeffa novel\r\nx\r\n"])
+def test_standard_input(capsys, monkeypatch, saved_folder, text):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    code, out, _ = rerank(capsys, saved_folder, "--json")
+    found = [each["document"] for each in json.loads(out)["results"]]
+    assert code == 0
+    assert sorted(each["text"] if isinstance(each, dict) else each for each in found) == ["a novel", "x"]
+
+
+def test_a_table_shows_brackets_as_they_are(capsys, saved_folder, tmp_path):
+    path = tmp_path / "documents.txt"
+    path.write_text("[bold]not markup[/bold]\n[CLS]\n")
+    code, out, _ = rerank(capsys, saved_folder, str(path))
+    assert code == 0
+    assert "[bold]not markup[/bold]" in out
+    assert "[CLS]" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "none.txt"),
+        ("empty.txt", b" \n\n", "is empty"),
+        ("broken.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3"),
+        ("textless.jsonl", b'{"title": "a"}\n', "line 1: a document is a string or an object with a 'text'"),
+        ("latin.txt", "für".encode("latin-1"), "is not UTF-8"),
+    ],
+)
+def test_bad_documents_give_one_line_and_code_2(capsys, saved_folder, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    code, out, err = rerank(capsys, saved_folder, str(tmp_path / name))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("querit: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "nobody/nothing"])
+def test_an_unknown_model_gives_one_line_and_code_2(capsys, documents, name):
+    code, out, err = rerank(capsys, name, documents)
+    assert (code, out) == (2, "")
+    assert name in err
+    assert err.count("\n") == 1
+
+
+def test_top_k_below_one(capsys, saved_folder, documents):
+    code, _, err = rerank(capsys, saved_folder, "--top-k", "0", documents)
+    assert code == 2
+    assert "--top-k is 0" in err
+
+
+def test_convert(capsys, model, tmp_path):
+    source = tiny.write_published(tmp_path / "source", model, tiny.published_tensors(model))
+    code, out, _ = run(capsys, "convert", str(source), str(tmp_path / "new"))
+    assert (code, out) == (0, f"Wrote {tmp_path / 'new'}\n")
+    assert (tmp_path / "new" / "config.json").exists()
+    code, out, err = run(capsys, "convert", str(source), str(tmp_path / "new"))
+    assert (code, out) == (2, "")
+    assert "exists: name a new folder" in err
+
+
+def test_train_names_what_is_missing(capsys, tmp_path):
+    code, _, err = run(capsys, "train", "--output_dir", str(tmp_path / "out"), "--use_cpu", "True")
+    assert code == 2
+    assert "nothing to train on" in err
+
+
+def test_the_console_script_is_installed():
+    done = subprocess.run(
+        [Path(sys.executable).with_name("querit"), "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(command in done.stdout for command in ("rerank", "train", "convert"))

@@ -1,0 +1,302 @@
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers.utils import logging
+
+from modeling_querit import QueritForSequenceClassification, QueritOutput, RankedDocument, ranking_querit
+from modeling_querit.ranking_querit import plan_batches
+
+
+@pytest.fixture
+def scores(model):
+    return model.predict(tiny.pairs()).tolist()
+
+
+@pytest.fixture
+def broken(loaded):
+    """Makes a model that gives a certain score to documents of more than 50 tokens."""
+
+    def make(value):
+        forward = loaded.forward
+
+        def wrong(input_ids, attention_mask):
+            score = forward(input_ids, attention_mask).score
+            return QueritOutput(score=torch.where(attention_mask.sum(-1, keepdim=True) > 50, value, score))
+
+        loaded.forward = wrong
+        return loaded
+
+    return make
+
+
+def in_order(scores):
+    return sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+
+
+# What comes back
+
+
+def test_predict_gives_the_reference_scores(model, processor):
+    scores = model.predict(tiny.pairs())
+    assert scores.dtype == torch.float32
+    assert scores.device.type == "cpu"
+    assert scores.shape == (len(tiny.DOCUMENTS),)
+    assert not scores.requires_grad
+    encoded = processor.encode([tiny.QUERY] * len(tiny.DOCUMENTS), tiny.DOCUMENTS)
+    expected = [tiny.reference_score(model, pair.input_ids) for pair in encoded]
+    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_rank_sorts_by_score(model, scores):
+    ranking = model.rank(tiny.QUERY, tiny.DOCUMENTS)
+    assert [each.index for each in ranking] == in_order(scores)
+    assert [each.score for each in ranking] == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
+    for each in ranking:
+        assert type(each) is RankedDocument
+        assert type(each.index) is int
+        assert type(each.score) is float
+        # The very object that was given, title and all.
+        assert each.document is tiny.DOCUMENTS[each.index]
+        assert each == (each.index, each.score, each.document)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 6, 100])
+def test_top_k(model, scores, top_k):
+    ranking = model.rank(tiny.QUERY, tiny.DOCUMENTS, top_k=top_k)
+    assert [each.index for each in ranking] == in_order(scores)[:top_k]
+
+
+def test_strings_and_dicts_are_the_same_documents(model):
+    texts = ["a novel by lee", "the book"]
+    scores = model.predict(tiny.pairs(texts)).tolist()
+    assert model.predict(tiny.pairs([{"text": text} for text in texts])).tolist() == pytest.approx(scores, abs=1e-5)
+    titled = model.predict(tiny.pairs([{"title": "a novel", "text": "by lee"}, {"title": "the", "text": "book"}]))
+    assert titled.tolist() == pytest.approx(scores, abs=1e-5)
+
+
+def test_any_iterable_of_documents(model, scores):
+    ranking = model.rank(tiny.QUERY, iter(tiny.DOCUMENTS))
+    assert [each.index for each in ranking] == in_order(scores)
+    assert model.rank(tiny.QUERY, tuple(tiny.DOCUMENTS)) == ranking
+
+
+def test_ties_keep_the_given_order(loaded):
+    nn.init.zeros_(loaded.score.weight)
+    nn.init.zeros_(loaded.score.bias)
+    # Batches go by length, so this holds only if the order is put back.
+    ranking = loaded.rank(tiny.QUERY, tiny.DOCUMENTS, batch_tokens=64)
+    assert [each.index for each in ranking] == list(range(len(tiny.DOCUMENTS)))
+    assert {each.score for each in ranking} == {0.0}
+    assert [each.index for each in loaded.rank(tiny.QUERY, tiny.DOCUMENTS, top_k=2)] == [0, 1]
+
+
+def test_no_documents(model):
+    assert model.rank(tiny.QUERY, []) == []
+    assert model.rank(tiny.QUERY, [], top_k=5) == []
+    assert model.predict([]).shape == (0,)
+
+
+def test_instruction_moves_the_scores(model, processor, scores):
+    other = model.predict(tiny.pairs(), instruction="Find a novel.")
+    ids = processor.encode([tiny.QUERY], tiny.DOCUMENTS[:1], "Find a novel.")[0].input_ids
+    assert other[0].item() == pytest.approx(tiny.reference_score(model, ids), abs=1e-5)
+    assert abs(other[0].item() - scores[0]) > 1e-4
+    by_rank = {each.index: each.score for each in model.rank(tiny.QUERY, tiny.DOCUMENTS, "Find a novel.")}
+    assert [by_rank[index] for index in range(len(other))] == pytest.approx(other.tolist(), abs=1e-5)
+
+
+def test_max_length_cuts(model, processor):
+    [score] = model.predict([(tiny.QUERY, tiny.LONG_DOCUMENT)], max_length=64).tolist()
+    ids = processor.encode([tiny.QUERY], [tiny.LONG_DOCUMENT], max_length=64)[0].input_ids
+    assert len(ids) == 64
+    assert score == pytest.approx(tiny.reference_score(model, ids), abs=1e-5)
+    [ranked] = model.rank(tiny.QUERY, [tiny.LONG_DOCUMENT], max_length=64)
+    assert ranked.score == pytest.approx(score, abs=1e-5)
+
+
+def test_the_classifier_ranks_alike(saved_folder, scores):
+    classifier = QueritForSequenceClassification.from_pretrained(saved_folder)
+    assert classifier.predict(tiny.pairs()).tolist() == pytest.approx(scores, abs=1e-5)
+
+
+# What must not move a score
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 130, 100_000])
+def test_scores_do_not_depend_on_the_batches(model, scores, batch_tokens):
+    assert model.predict(tiny.pairs(), batch_tokens=batch_tokens).tolist() == pytest.approx(scores, abs=1e-5)
+
+
+def test_scores_do_not_depend_on_the_order(model, scores):
+    assert model.predict(tiny.pairs()[::-1]).tolist()[::-1] == pytest.approx(scores, abs=1e-5)
+
+
+def test_scores_do_not_depend_on_the_neighbours(model, scores):
+    crowd = [(tiny.QUERY, tiny.LONG_DOCUMENT), *tiny.pairs(), ("nobody asked", "x")]
+    assert model.predict(crowd).tolist()[1:-1] == pytest.approx(scores, abs=1e-5)
+    assert [model.predict([pair]).item() for pair in tiny.pairs()] == pytest.approx(scores, abs=1e-5)
+
+
+def test_forward_passes_keep_to_batch_tokens(loaded):
+    sizes = []
+    loaded.register_forward_hook(
+        lambda module, args, kwargs, output: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    loaded.predict([*tiny.pairs(), (tiny.QUERY, tiny.LONG_DOCUMENT)], batch_tokens=150)
+    assert sizes[0] == (1, tiny.MAX_LENGTH)
+    assert all(rows * width <= 150 for rows, width in sizes[1:])
+    assert sum(rows for rows, _ in sizes) == len(tiny.DOCUMENTS) + 1
+    assert max(rows for rows, _ in sizes) > 1
+
+
+@given(st.lists(st.integers(0, 200), max_size=60), st.integers(1, 500))
+def test_plan_batches(lengths, batch_tokens):
+    batches = list(plan_batches(lengths, batch_tokens))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= batch_tokens
+    longest = [max(lengths[index] for index in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+    # No batch could have taken the next text as well.
+    for batch, (first, *_) in pairwise(batches):
+        assert (len(batch) + 1) * max(lengths[batch[0]], lengths[first]) > batch_tokens
+
+
+@pytest.mark.parametrize("batch_tokens", [0, -5])
+def test_an_empty_budget_is_an_error(model, batch_tokens):
+    with pytest.raises(ValueError, match=f"batch_tokens is {batch_tokens}"):
+        model.predict(tiny.pairs(), batch_tokens=batch_tokens)
+
+
+# The state of the model
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_restored(loaded, scores, training):
+    loaded.train(training)
+    seen = []
+    loaded.register_forward_pre_hook(lambda module, args: seen.append(module.training))
+    assert loaded.predict(tiny.pairs()).tolist() == pytest.approx(scores, abs=1e-5)
+    assert set(seen) == {False}
+    assert all(module.training is training for module in loaded.modules())
+
+
+def test_training_mode_is_restored_module_by_module(loaded):
+    """A frozen backbone stays in evaluation mode while the head trains."""
+    loaded.train()
+    loaded.model.eval()
+    loaded.rank(tiny.QUERY, tiny.DOCUMENTS)
+    assert loaded.training
+    assert loaded.score.training
+    assert not loaded.model.training
+
+
+def test_training_mode_is_restored_after_an_error(broken):
+    model = broken(math.nan)
+    model.train()
+    with pytest.raises(ValueError, match="NaN"):
+        model.predict(tiny.pairs())
+    assert model.training
+
+
+def test_dropout_is_off(architecture, processor):
+    model = tiny.make_model(architecture, processor, attention_dropout=0.5)
+    model.train()
+    assert torch.equal(model.predict(tiny.pairs()), model.predict(tiny.pairs()))
+
+
+def test_no_gradients_are_kept(loaded):
+    scores = loaded.predict(tiny.pairs())
+    assert scores.grad_fn is None
+    # An ordinary tensor, which may take part in training.
+    (scores * torch.ones(len(scores), requires_grad=True)).sum().backward()
+
+
+# Errors
+
+
+@pytest.mark.parametrize("documents", ["a bare string", {"text": "one document"}])
+def test_one_document_instead_of_a_list_is_an_error(model, documents):
+    with pytest.raises(TypeError, match="list of documents"):
+        model.rank(tiny.QUERY, documents)
+
+
+@pytest.mark.parametrize("documents", [["x", None], [7], [b"bytes"], [{"title": "only"}], [["x"]], b"bytes"])
+def test_documents_that_are_no_text_are_an_error(model, documents):
+    with pytest.raises(TypeError, match="document"):
+        model.rank(tiny.QUERY, documents)
+
+
+@pytest.mark.parametrize("query", [None, 7, b"bytes", ["who"]])
+def test_a_query_that_is_no_text_is_an_error(model, query):
+    with pytest.raises(TypeError, match="query"):
+        model.rank(query, tiny.DOCUMENTS)
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_top_k_below_one_is_an_error(model, top_k):
+    with pytest.raises(ValueError, match=f"top_k is {top_k}"):
+        model.rank(tiny.QUERY, tiny.DOCUMENTS, top_k=top_k)
+
+
+@pytest.mark.parametrize(("value", "name"), [(math.nan, "NaN"), (math.inf, "infinite"), (-math.inf, "infinite")])
+def test_scores_that_are_no_numbers_are_an_error(broken, value, name):
+    model = broken(value)
+    with pytest.raises(ValueError, match=rf"score of document 4 is {name} \(2 of 6"):
+        model.rank(tiny.QUERY, tiny.DOCUMENTS)
+    with pytest.raises(ValueError, match=name):
+        model.predict(tiny.pairs())
+
+
+def test_damaged_weights_are_an_error(loaded):
+    with torch.no_grad():
+        loaded.model.norm.weight[3] = math.nan
+    with pytest.raises(ValueError, match="document 0 is NaN"):
+        loaded.rank(tiny.QUERY, tiny.DOCUMENTS)
+
+
+def test_a_model_without_a_tokenizer_says_so(architecture):
+    with pytest.raises(ValueError, match=r"model\.processor = QueritProcessor"):
+        tiny.make_model(architecture).rank(tiny.QUERY, tiny.DOCUMENTS)
+
+
+# What is shown
+
+
+def test_progress_bar(models, capsys):
+    model = models("qwen3")
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        model.predict(tiny.pairs(), show_progress_bar=True)
+        shown = capsys.readouterr().err
+        assert "Scoring" in shown
+        assert f"{len(tiny.DOCUMENTS)}/{len(tiny.DOCUMENTS)}" in shown
+        model.rank(tiny.QUERY, tiny.DOCUMENTS, show_progress_bar=True)
+        assert "Scoring" in capsys.readouterr().err
+        for quiet in [False, None]:
+            # By default a quick call is quiet, and so is one without a terminal.
+            model.rank(tiny.QUERY, tiny.DOCUMENTS, show_progress_bar=quiet)
+            assert "Scoring" not in capsys.readouterr().err
+        logging.disable_progress_bar()
+        model.predict(tiny.pairs(), show_progress_bar=True)
+        assert "Scoring" not in capsys.readouterr().err
+    finally:
+        (logging.enable_progress_bar if was_enabled else logging.disable_progress_bar)()
+
+
+def test_cuts_are_warned_of(models, monkeypatch):
+    model, messages = models("qwen3"), []
+    monkeypatch.setattr(ranking_querit, "logger", SimpleNamespace(warning_once=messages.append))
+    model.predict(tiny.pairs())
+    assert messages == []
+    model.predict([*tiny.pairs(), (tiny.QUERY, tiny.LONG_DOCUMENT), ("who " * 300, "x")])
+    [message] = messages
+    assert "Of 8 pairs, 2 lost the end of their document and 1 the end of their query" in message

@@ -1,0 +1,111 @@
+import hashlib
+import json
+
+import pytest
+
+from modeling_querit import QueritForSequenceRanking
+from modeling_querit.training.data import read_rows, write_rows
+from modeling_querit.training.run import main
+
+pytest.importorskip("peft")
+
+ROWS = [{"query": f"number {n}", "documents": [f"this is {n}", f"this is {n + 1}"], "labels": [1, 0]} for n in range(6)]
+QUICK = [
+    "--max_steps",
+    "2",
+    "--report_to",
+    "none",
+    "--use_cpu",
+    "True",
+    "--disable_tqdm",
+    "True",
+    "--save_strategy",
+    "no",
+]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    write_rows(ROWS, tmp_path / "rows.jsonl")
+    return str(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def collection(tmp_path):
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    names = ["fox", "hen", "cow", "dog"]
+    lines = [json.dumps({"_id": name, "title": "", "text": f"the {name} story"}) + "\n" for name in names]
+    (folder / "corpus.jsonl").write_text("".join(lines))
+    (folder / "queries.jsonl").write_text("".join(lines))
+    (folder / "qrels" / "dev.tsv").write_text(
+        "q\td\ts\n".replace("q\t", "query-id\t") + "".join(f"{n}\t{n}\t1\n" for n in names)
+    )
+    return f"{folder}:dev"
+
+
+def test_trains_all_weights_and_writes_what_repeats_it(saved_folder, rows, collection, tmp_path):
+    out = tmp_path / "out"
+    main(["--model", str(saved_folder), "--train", rows, collection, "--output_dir", str(out), *QUICK])
+    before = QueritForSequenceRanking.from_pretrained(saved_folder)
+    after = QueritForSequenceRanking.from_pretrained(out / "model")
+    pairs = [("number 1", "this is 1"), ("number 1", "x")]
+    assert not after.predict(pairs).equal(before.predict(pairs))
+    used = list(read_rows(out / "train_rows.jsonl"))
+    assert used[:6] == ROWS
+    assert sorted(row["source"] for row in used[6:]) == ["beir/cow", "beir/dog", "beir/fox", "beir/hen"]
+    record = json.loads((out / "train.json").read_text())
+    assert record["settings"]["losses"] == ["pairwise_hinge"]
+    assert record["versions"]["transformers"]
+    digest = hashlib.sha256((out / "train_rows.jsonl").read_bytes()).hexdigest()
+    assert record["sha256"] == {"train_rows.jsonl": digest}
+
+
+def test_adapters_are_saved_and_merged(saved_folder, rows, tmp_path):
+    from peft import PeftModel
+
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {saved_folder}\ntrain: [{rows}]\nlora_rank: 2\nlora_first_layer: 1\nlosses: [listwise_kl]\n"
+        f"learning_rate: 1.0e-2\noutput_dir: {tmp_path / 'out'}\n"
+    )
+    main([str(config), *QUICK])
+    pairs = [("number 1", "this is 1"), ("number 1", "x")]
+    merged = QueritForSequenceRanking.from_pretrained(tmp_path / "out" / "model")
+    base = QueritForSequenceRanking.from_pretrained(saved_folder)
+    before = base.predict(pairs)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+    assert adapted.predict(pairs).tolist() == pytest.approx(merged.predict(pairs).tolist(), abs=1e-5)
+    assert (merged.predict(pairs) - before).abs().max() > 1e-3
+    # Below the first adapted layer nothing moved.
+    for name, parameter in merged.named_parameters():
+        if ".layers.0." in name or "embed" in name:
+            assert parameter.equal(
+                dict(QueritForSequenceRanking.from_pretrained(saved_folder).named_parameters())[name]
+            )
+
+
+def test_resumes_from_a_checkpoint(saved_folder, rows, tmp_path):
+    common = ["--model", str(saved_folder), "--train", rows, *QUICK[2:-2], "--learning_rate", "1e-2"]
+    common += ["--save_strategy", "steps", "--save_steps", "2", "--lr_scheduler_type", "constant"]
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    main([*common, "--output_dir", whole, "--max_steps", "4"])
+    main([*common, "--output_dir", parts, "--max_steps", "2"])
+    main([*common, "--output_dir", parts, "--max_steps", "4", "--resume_from_checkpoint", f"{parts}/checkpoint-2"])
+    pairs = [("number 1", "this is 1"), ("number 1", "x")]
+    expected = QueritForSequenceRanking.from_pretrained(f"{whole}/model").predict(pairs)
+    resumed = QueritForSequenceRanking.from_pretrained(f"{parts}/model").predict(pairs)
+    assert resumed.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_an_unknown_setting_is_named(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("modle: mini\n")
+    with pytest.raises(ValueError, match="'modle' is no setting"):
+        main([str(config)])
+
+
+def test_nothing_to_train_on(tmp_path):
+    with pytest.raises(ValueError, match="nothing to train on"):
+        main(["--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
