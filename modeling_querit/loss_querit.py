@@ -22,12 +22,18 @@ def pairwise_hinge_loss(
     Returns:
         A scalar in float32; zero, still differentiable, where no query has two different labels.
 
+    Raises:
+        ValueError: if the three are not of one shape, (batch,).
+
     Example:
         ```python
         >>> pairwise_hinge_loss(torch.tensor([0.5, 0.0]), torch.tensor([1.0, 0.0]), torch.tensor([7, 7]))
         tensor(0.3000)
         ```
     """
+    if not scores.shape == labels.shape == query_ids.shape == scores.shape[:1]:
+        shapes = ", ".join(str(tuple(each.shape)) for each in (scores, labels, query_ids))
+        raise ValueError(f"scores, labels and query_ids have shapes {shapes}: give (batch,) of each.")
     scores, labels = scores.float(), labels.to(scores.device).float()
     query_ids = query_ids.to(scores.device)
     label_gap = labels[:, None] - labels[None, :]

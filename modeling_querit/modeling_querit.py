@@ -189,7 +189,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
         """
         if labels is not None and query_ids is None:
             raise ValueError("labels need query_ids, (batch,): the loss compares the documents of one query.")
-        attention_mask, is_token = _prepare_mask(attention_mask, self.dtype)
+        batch_size = len(input_ids if inputs_embeds is None else inputs_embeds)
+        attention_mask, is_token = _prepare_mask(attention_mask, batch_size, self.dtype)
         if position_ids is None and is_token is not None:
             position_ids = (is_token.cumsum(-1) - 1).clamp(min=0)
         kwargs.setdefault("use_cache", False)
@@ -286,7 +287,7 @@ class QueritForSequenceClassification(QueritForSequenceRanking):
 
 
 def _prepare_mask(
-    attention_mask: torch.Tensor | None, dtype: torch.dtype
+    attention_mask: torch.Tensor | None, batch_size: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The mask for the backbone, and (batch, sequence) booleans that tell tokens from padding (None: all tokens)."""
     if attention_mask is None:
@@ -299,12 +300,13 @@ def _prepare_mask(
             "(batch, 1, sequence, sequence)."
         )
     may_attend = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+    may_attend = may_attend.expand(batch_size, -1, -1, -1)
     is_token = may_attend[:, 0].diagonal(dim1=-2, dim2=-1)
     causal = torch.ones_like(may_attend[0, 0]).tril()
     plain = is_token[:, :, None] & is_token[:, None, :] & causal
     # Causal attention over the tokens, as the reference wrapper writes it, is what a 2-D mask says: with that the
     # backbone builds its own masks (sliding windows too) and its fastest kernels stay available.
-    if torch.equal((may_attend[:, 0] & is_token[:, :, None]), plain):
+    if torch.equal(may_attend[:, 0] & is_token[:, :, None], plain):
         return is_token.long(), is_token
     if attention_mask.dtype == torch.bool:
         blocked = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)

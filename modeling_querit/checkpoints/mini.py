@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
 import sys
 import tempfile
+from filecmp import cmp
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from filelock import FileLock
 from huggingface_hub import cached_assets_path
+from safetensors.torch import load_file, save_file
 
 from ..modeling_querit import QueritForSequenceRanking
 from .backbone import from_backbone
@@ -41,10 +45,11 @@ def default_model_path() -> Path:
     """
     cache = cached_assets_path("modeling_querit", namespace="models")
     folder = cache / f"mini-{_fingerprint()}"
-    with FileLock(cache / "mini.lock"):
-        if not folder.exists():
-            _assemble(folder)
-        _renew_code(folder)
+    if not folder.exists() or _outdated_code(folder):
+        with FileLock(cache / "mini.lock"):
+            if not folder.exists():
+                _assemble(folder)
+            _renew_code(folder)
     return folder
 
 
@@ -82,16 +87,36 @@ def _assemble(folder: Path) -> None:
 
     print(f"Assembling the default model in {folder}; this happens once and takes two minutes.", file=sys.stderr)
     print(GEMMA_NOTICE, file=sys.stderr)
+    for left_by_a_killed_process in folder.parent.glob(".mini-*"):
+        shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
     # In float32: merged into bfloat16 weights, small updates of the adapter would be rounded away.
     model = PeftModel.from_pretrained(base_model(), ADAPTER).merge_and_unload()
     write_whole(model, folder, card=(ADAPTER / "README.md").read_text(encoding="utf-8"))
 
 
+def _outdated_code(folder: Path) -> list[Path]:
+    """The code files of this package that are not, or not like that, beside the weights."""
+    files = Path(__file__).parents[1].glob("*_querit.py")
+    return [each for each in files if not (folder / each.name).exists() or not cmp(each, folder / each.name, False)]
+
+
 def _renew_code(folder: Path) -> None:
-    """Bring the code files beside the weights up to those of this package."""
-    for path in Path(__file__).parents[1].glob("*_querit.py"):
-        theirs = folder / path.name
-        if not theirs.exists() or theirs.read_bytes() != path.read_bytes():
-            aside = theirs.with_suffix(".part")
-            shutil.copyfile(path, aside)
-            aside.replace(theirs)
+    for path in _outdated_code(folder):
+        aside = folder / f"{path.name}.part"
+        shutil.copyfile(path, aside)
+        aside.replace(folder / path.name)
+
+
+def store_adapter(run: str | os.PathLike) -> None:
+    """Put the adapter that `querit train examples/train_mini.yaml` made in the package: `store_adapter("runs/mini")`.
+
+    The tensors are stored in bfloat16, which halves them.
+    """
+    source = Path(run) / "adapter"
+    tensors = load_file(source / "adapter_model.safetensors")
+    halves = {name: tensor.to(torch.bfloat16) for name, tensor in sorted(tensors.items())}
+    save_file(halves, ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "adapter_config.json").read_text())
+    config["target_modules"].sort()
+    (ADAPTER / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copyfile(Path(run) / "train.json", ADAPTER / "training.json")

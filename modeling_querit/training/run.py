@@ -180,18 +180,28 @@ def _parse_yaml(parser: HfArgumentParser, path: str, overrides: list[str]) -> tu
 
 
 def _write_record(output_dir: Path, *parts: Any) -> None:
-    settings: dict[str, Any] = {}
-    for part in parts:
-        settings |= part.to_dict() if hasattr(part, "to_dict") else dataclasses.asdict(part)
+    """What a run needs to be repeated: the settings that are not defaults, versions, and hashes of the data."""
     rows = output_dir / "train_rows.jsonl"
+    packages = ("modeling-querit", "torch", "transformers", "peft", "accelerate", "tokenizers", "bm25s")
     record = {
-        "settings": settings,
-        "versions": {
-            name: _version(name) for name in ("modeling-querit", "torch", "transformers", "peft", "accelerate")
-        },
+        "settings": {name: value for part in parts for name, value in changed_settings(part).items()},
+        "versions": {package: _version(package) for package in packages},
         "sha256": {rows.name: hashlib.sha256(rows.read_bytes()).hexdigest()},
     }
     (output_dir / "train.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+
+
+def changed_settings(arguments: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from what its defaults come to."""
+    required = {
+        each.name: getattr(arguments, each.name) for each in dataclasses.fields(arguments) if each.name == "output_dir"
+    }
+    usual = type(arguments)(**required)
+    return required | {
+        each.name: getattr(arguments, each.name)
+        for each in dataclasses.fields(arguments)
+        if each.init and getattr(arguments, each.name) != getattr(usual, each.name)
+    }
 
 
 def _version(package: str) -> str | None:
