@@ -34,7 +34,7 @@ setup(
     package_data={"modeling_querit.checkpoints": ["mini/*"]},
     install_requires=[
         "filelock>=3.20",
-        "huggingface_hub>=2.4,<3",
+        "huggingface_hub>=1.33,<3",
         "rich>=15,<16",
         "safetensors>=0.8,<1",
         "torch>=2.13,<2.14",

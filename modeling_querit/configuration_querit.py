@@ -30,12 +30,12 @@ class QueritConfig(PreTrainedConfig):
             architecture of A0.4B) and `qwen3` (of 4B) are first class. A dict needs its `model_type`.
             Defaults to `Qwen3Config()`.
         margin_scale (`float`, *optional*, defaults to 0.8):
-            Margin of the pairwise hinge loss per unit of label difference, in (0, 2].
+            Margin of the pairwise hinge loss per unit of label difference, above 0.
         **kwargs:
             Common arguments of `PreTrainedConfig`. `num_labels` is 1: the model gives one score a pair.
 
     Raises:
-        ValueError: if `text_config` names no `model_type` that transformers knows.
+        ValueError: if `text_config` names no `model_type` that transformers knows, or the margin is not above 0.
 
     Example:
         ```python
@@ -55,6 +55,10 @@ class QueritConfig(PreTrainedConfig):
         **kwargs: Any,
     ):
         self.text_config = _as_config(text_config)
+        if margin_scale <= 0:
+            raise ValueError(
+                f"margin_scale is {margin_scale}: without a margin above 0 the hinge loss asks for nothing."
+            )
         self.margin_scale = margin_scale
         kwargs.setdefault("num_labels", 1)
         kwargs.setdefault("pad_token_id", self.text_config.pad_token_id)
@@ -77,6 +81,8 @@ class QueritConfig(PreTrainedConfig):
         self.auto_map = dict(AUTO_MAP)
         # One folder, whichever of the two classes held the weights.
         self.architectures = ["QueritForSequenceRanking"]
+        # A folder of this machine means nothing to whoever loads the config.
+        self.text_config._name_or_path = ""
         super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
@@ -146,7 +152,8 @@ def _wrap_published(config_dict: dict[str, Any]) -> dict[str, Any]:
     """A published config.json (flat, `architectures: ["MLQwen3Model"]`, no auto_map) as a QueritConfig's dict."""
     text_config = {key: value for key, value in config_dict.items() if key not in _NOT_OF_THE_BACKBONE}
     dtype = text_config.pop("dtype", text_config.pop("torch_dtype", None))
-    return {
+    quantized = {name: text_config.pop(name) for name in ("quantization_config",) if name in text_config}
+    return quantized | {
         "model_type": QueritConfig.model_type,
         "text_config": text_config,
         "pad_token_id": text_config.get("pad_token_id"),

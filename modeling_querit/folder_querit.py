@@ -74,18 +74,23 @@ by themselves, sentence-transformers and vLLM among them, take it for the token.
 def write_folder_files(model: QueritPreTrainedModel, folder: str | os.PathLike) -> None:
     """Write code files, tokenizer, the sentence-transformers files, and a card stub where there is no card yet.
 
-    A model that was built from a config and never given a processor has no tokenizer to write; that is warned of.
+    A model without a tokenizer (built from a config, or its folder gone) is written all the same, with a warning.
     """
     folder = Path(folder)
     custom_object_save(model, folder)
     for name, content in SENTENCE_TRANSFORMERS_FILES.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    card = folder / "README.md"
-    if not card.exists():
-        card.write_text(CARD_STUB.replace("{name}", folder.name))
+    write_card_stub(folder, folder.name)
     try:
         processor = model.processor
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         logger.warning(f"{folder} is written without a tokenizer. {error}")
     else:
         processor.save_pretrained(folder)
+
+
+def write_card_stub(folder: str | os.PathLike, name: str, over_template: bool = False) -> None:
+    """Write the card stub where there is no card, or with `over_template` only transformers' own blank one."""
+    card = Path(folder) / "README.md"
+    if not card.exists() or (over_template and "has been automatically generated" in card.read_text(encoding="utf-8")):
+        card.write_text(CARD_STUB.replace("{name}", name), encoding="utf-8")

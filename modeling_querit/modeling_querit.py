@@ -13,7 +13,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .configuration_querit import QueritConfig
-from .folder_querit import write_folder_files
+from .folder_querit import write_card_stub, write_folder_files
 from .loss_querit import pairwise_hinge_loss
 from .processing_querit import QueritProcessor
 from .ranking_querit import Document, RankedDocument, rank_documents, score_pairs
@@ -65,6 +65,11 @@ class QueritPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"rotary_emb\.inv_freq$"]
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in the text of this file, but the experts are the backbone's.
+        return True
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, QueritHead):
             # At zero, not at random: decoders' final states are large, and a random head saturates p1 - p0,
@@ -103,6 +108,9 @@ class QueritPreTrainedModel(PreTrainedModel):
             for name in ("revision", "subfolder", "cache_dir", "token", "local_files_only")
             if kwargs.get(name) is not None
         }
+        if commit := getattr(model.config, "_commit_hash", None):
+            # The tokenizer is read later, and belongs to these weights.
+            model._hub_kwargs["revision"] = commit
         return (model, info) if with_loading_info else model
 
     def _save_under_own_keys(self) -> None:
@@ -120,11 +128,16 @@ class QueritPreTrainedModel(PreTrainedModel):
         Beside weights and config: tokenizer with its chat template, the code files, what sentence-transformers
         reads, and a model card stub if there is no README.md yet. `push_to_hub` uploads the same.
         """
-        # First, since the parent uploads what it finds in the folder.
         if kwargs.get("is_main_process", True):
             os.makedirs(save_directory, exist_ok=True)
             write_folder_files(self, save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: Any, **kwargs: Any) -> Any:
+        # transformers has put its blank template in the place of our card by now, unless the repository has a card;
+        # and the time before which it leaves files out was taken after ours were written.
+        write_card_stub(working_dir, repo_id, over_template=True)
+        return super()._upload_modified_files(working_dir, repo_id, {}, **kwargs)
 
     @property
     def processor(self) -> QueritProcessor:
@@ -294,21 +307,24 @@ def _prepare_mask(
         return None, None
     if attention_mask.dim() == 2:
         return attention_mask, attention_mask.bool()
-    if attention_mask.dim() != 4:
+    if attention_mask.dim() != 4 or attention_mask.shape[1] != 1:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: give (batch, sequence) or "
             "(batch, 1, sequence, sequence)."
         )
-    may_attend = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+    is_boolean = attention_mask.dtype == torch.bool
+    # Blocked is written as the dtype's minimum, as -inf, -1e9 or -1e4; what is above is a bias.
+    may_attend = attention_mask if is_boolean else attention_mask > -1e3
+    is_biased = not is_boolean and bool((attention_mask[may_attend] != 0).any())
     may_attend = may_attend.expand(batch_size, -1, -1, -1)
     is_token = may_attend[:, 0].diagonal(dim1=-2, dim2=-1)
     causal = torch.ones_like(may_attend[0, 0]).tril()
     plain = is_token[:, :, None] & is_token[:, None, :] & causal
     # Causal attention over the tokens, as the reference wrapper writes it, is what a 2-D mask says: with that the
     # backbone builds its own masks (sliding windows too) and its fastest kernels stay available.
-    if torch.equal(may_attend[:, 0] & is_token[:, :, None], plain):
+    if not is_biased and torch.equal(may_attend[:, 0] & is_token[:, :, None], plain):
         return is_token.long(), is_token
-    if attention_mask.dtype == torch.bool:
+    if is_boolean:
         blocked = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
         attention_mask = blocked.masked_fill(~attention_mask, torch.finfo(dtype).min)
     return attention_mask, is_token

@@ -59,10 +59,10 @@ class QueritProcessor:
     """Turns queries and documents into model inputs, exactly as the reference does (mteb's `QueritWrapper`).
 
     The text is `"{instruction} Query: {query}; Content: {document}"`, tokenized as one string without special
-    tokens, then the id of `[CLS]`. Title and text of a document are joined by a space. Three things are settled
-    that the reference leaves open: a text over `max_length` loses the end of its content, then the end of its
-    query, never anything of the instruction, the words between, or `[CLS]`; a special token's name typed in a
-    text (`[CLS]`, `<|im_end|>`) is text, where the reference would take it for the token itself; and a lone
+    tokens, then the id of `[CLS]`. Title and text of a document are joined by a space. Where the reference is silent
+    or wrong: a text over `max_length` loses the end of its content, then the end of its query, never anything of the
+    instruction, the words between, or `[CLS]` (the reference drops first tokens too); a special token's name typed in
+    a text (`[CLS]`, `<|im_end|>`) is text, where the reference would take it for the token itself; and a lone
     surrogate, which is no character, becomes U+FFFD.
 
     Args:
@@ -150,6 +150,8 @@ class QueritProcessor:
             TypeError: if a query, document or instruction is not text.
             ValueError: if the counts differ, or an instruction leaves no room for `[CLS]` within `max_length`.
         """
+        if isinstance(queries, str) or isinstance(documents, str | dict):
+            raise TypeError("queries and documents are lists: put a single one in brackets.")
         limit = (self.max_length if max_length is None else max_length) - 1
         instructions = (
             [instruction] * len(queries) if instruction is None or isinstance(instruction, str) else instruction
@@ -210,27 +212,28 @@ class QueritProcessor:
 
     def _cut(self, prompt: _Prompt, limit: int) -> EncodedPair:
         """Fit a prompt of over `limit` tokens: the end of the content goes first, then the end of the query."""
-        ids, starts = self._ids_and_starts(prompt.text)
-        fixed = sum(start < prompt.content_start for start in starts)
+        ids, offsets = self._ids_and_offsets(prompt.text)
+        fixed = sum(start < prompt.content_start for start, _ in offsets)
         if fixed <= limit:
             return EncodedPair([*ids[:limit], self.cls_token_id], cut_content=len(ids) - limit)
-        cut_content = len(ids) - fixed
-        # The words after the query keep their place, so what is cut is the query's own end.
-        ids, starts = self._ids_and_starts(prompt.text[: prompt.content_start])
-        before = sum(start < prompt.query_start for start in starts)
-        after = sum(start >= prompt.query_end for start in starts)
-        room = limit - before - after
+        # By their ends: the first word of the content often shares its token with the space before it.
+        cut_content = sum(end > prompt.content_start for _, end in offsets)
+        # Tokenized apart: a query's last token may reach over its end (`?;`, `);`), and would take the `;` along.
+        ids, offsets = self._ids_and_offsets(prompt.text[: prompt.query_end])
+        after = self._tokenize([prompt.text[prompt.query_end : prompt.content_start]])["input_ids"][0]
+        before = sum(start < prompt.query_start for start, _ in offsets)
+        room = limit - before - len(after)
         if room < 0:
             raise ValueError(
-                f"The instruction takes {before} tokens and the words around the query {after}: more than max_length = "
-                f"{limit + 1} has room for; shorten the instruction or raise max_length."
+                f"The instruction takes {before} tokens and the words after the query {len(after)}: more than "
+                f"max_length = {limit + 1} has room for; shorten the instruction or raise max_length."
             )
-        kept = ids[: before + room] + ids[len(ids) - after :]
-        return EncodedPair([*kept, self.cls_token_id], cut_content, cut_query=len(ids) - len(kept))
+        kept = ids[: before + room]
+        return EncodedPair([*kept, *after, self.cls_token_id], cut_content, cut_query=len(ids) - len(kept))
 
-    def _ids_and_starts(self, text: str) -> tuple[list[int], list[int]]:
+    def _ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._tokenize([text], return_offsets_mapping=True)
-        return encoding["input_ids"][0], [start for start, _ in encoding["offset_mapping"][0]]
+        return encoding["input_ids"][0], encoding["offset_mapping"][0]
 
 
 class _Prompt:
@@ -250,11 +253,9 @@ def _content_of(document: Document) -> str:
         return _clean(document, "document")
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
         raise TypeError(f"A document is a string or a dict with a 'text', not {_shown(document)}.")
-    title = document.get("title")
-    if not title:
-        return _clean(document["text"], "document")
+    title, text = document.get("title"), _clean(document["text"], "document")
     # As mteb joins them.
-    return f"{_clean(title, 'title')} {_clean(document['text'], 'document')}".strip()
+    return (text if title is None or title == "" else f"{_clean(title, 'title')} {text}").strip()
 
 
 def _clean(text: str, what: str) -> str:

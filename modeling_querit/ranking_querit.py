@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from transformers.utils import logging
 
-from .processing_querit import Document
+from .processing_querit import Document, EncodedPair
 
 if TYPE_CHECKING:
     from .modeling_querit import QueritForSequenceRanking
@@ -91,30 +91,31 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}: a batch needs at least one token.")
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    while order:
-        count = max(1, batch_tokens // max(lengths[order[0]], 1))
-        yield order[:count]
-        order = order[count:]
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // max(lengths[order[start]], 1))
+        yield order[start : start + count]
+        start += count
 
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Dropout off for a while, and back to what it was."""
-    was_training = model.training
+    # Module by module: parts that the caller froze in evaluation mode stay there.
+    was_training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in was_training:
+            module.training = mode
 
 
-def _warn_about_cuts(encoded: Sequence) -> None:
-    contents = sum(pair.cut_content > 0 for pair in encoded)
-    queries = sum(pair.cut_query > 0 for pair in encoded)
-    if contents or queries:
+def _warn_about_cuts(encoded: Sequence[EncodedPair]) -> None:
+    if any(pair.cut_content or pair.cut_query for pair in encoded):
         logger.warning_once(
-            f"Of {len(encoded)} pairs, {contents} lost the end of their document and {queries} the end of their query "
-            "to max_length; model.processor.encode tells how many tokens each."
+            "Some pairs are longer than max_length: the end of their document, or of their query, is not read; "
+            "model.processor.encode tells which, and how many tokens."
         )
 
 

@@ -144,6 +144,16 @@ def test_without_a_tokenizer_the_rest_is_written(architecture, tmp_path):
     assert files(tmp_path) == FILES - tokenizer_files
 
 
+def test_weights_are_saved_even_if_the_folder_they_came_from_is_gone(saved_folder, tmp_path):
+    """At the end of a training, say, nothing may keep the weights from the disk."""
+    shutil.copytree(saved_folder, tmp_path / "gone")
+    model = QueritForSequenceRanking.from_pretrained(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone")
+    model.save_pretrained(tmp_path / "saved")
+    saved = tiny.read_tensors(tmp_path / "saved")
+    assert saved.keys() == tiny.read_tensors(saved_folder).keys()
+
+
 def test_a_processor_of_ones_own_is_saved(loaded, tmp_path):
     loaded.processor = QueritProcessor(tiny.make_tokenizer(), max_length=77)
     loaded.save_pretrained(tmp_path)
@@ -247,7 +257,7 @@ def fresh(architecture, saved_folders, tmp_path_factory):
         env=os.environ | {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=570,
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr[-4000:]

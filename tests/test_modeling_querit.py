@@ -270,6 +270,24 @@ def test_positions_count_from_the_first_token(model, ids, reference):
     assert scores_of(model, input_ids, mask, position_ids=positions).tolist() == pytest.approx(reference, abs=1e-5)
 
 
+def test_positions_handed_to_the_backbone(model, ids):
+    """Rotary distances hide where counting starts; decoders with learned positions would not."""
+    seen = []
+
+    def look(module, args, kwargs):
+        seen.append(kwargs["position_ids"])
+
+    handle = model.model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        scores_of(model, *padded(ids[:1], "left", 3))
+        scores_of(model, *padded(ids[:1], "right", 3))
+    finally:
+        handle.remove()
+    count = list(range(len(ids[0])))
+    assert seen[0][0, 3:].tolist() == count
+    assert seen[1][0, : len(count)].tolist() == count
+
+
 def test_position_ids_are_heeded(model, ids):
     input_ids = torch.tensor([ids[0]])
     plain = torch.arange(len(ids[0]))[None]

@@ -318,9 +318,9 @@ def test_nul_is_a_character_like_another(any_processor):
 
 @pytest.mark.parametrize("document", ["the book " * 116_509, "a知" * 262_144], ids=["words", "no spaces"])
 def test_a_megabyte(any_processor, document):
-    start = time.perf_counter()
+    start = time.process_time()
     pair = encode(any_processor, "who wrote it", document, max_length=256)
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30
     assert len(pair.input_ids) == 256
     assert pair.cut_query == 0
     assert pair.cut_content > 200_000

@@ -55,7 +55,9 @@ def test_trains_all_weights_and_writes_what_repeats_it(saved_folder, rows, colle
     assert used[:6] == ROWS
     assert sorted(row["source"] for row in used[6:]) == ["beir/cow", "beir/dog", "beir/fox", "beir/hen"]
     record = json.loads((out / "train.json").read_text())
-    assert record["settings"]["losses"] == ["pairwise_hinge"]
+    assert record["settings"]["model"] == str(saved_folder)
+    assert record["settings"]["max_steps"] == 2
+    assert "losses" not in record["settings"]
     assert record["versions"]["transformers"]
     digest = hashlib.sha256((out / "train_rows.jsonl").read_bytes()).hexdigest()
     assert record["sha256"] == {"train_rows.jsonl": digest}
