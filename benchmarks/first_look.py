@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mini", help="'mini', or a folder or repository")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
-    parser.add_argument("--queries", type=int, default=30, help="queries a collection, drawn with seed 0 (0: all)")
+    parser.add_argument("--queries", type=int, default=25, help="queries a collection, drawn with seed 0 (0: all)")
     parser.add_argument("--depth", type=int, default=20, help="candidates a query, where the collection lists none")
     parser.add_argument("--max-length", type=int, default=320, help="tokens a pair may have")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,6 +136,7 @@ def _quiet() -> None:
     """Results belong on the screen, not the library's progress in loading."""
     from transformers.utils import logging
 
+    warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -144,10 +146,10 @@ def _print_table(query: str, ranked: list) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(query), title_justify="left", box=None, pad_edge=False)
-    for name, style in (("rank", "dim"), ("score", "bold"), ("index", "dim")):
-        table.add_column(name, justify="right", style=style, no_wrap=True)
-    table.add_column("document", overflow="ellipsis", no_wrap=True)
+    table = Table(title=Text(query), title_justify="left", box=None, pad_edge=False, expand=True)
+    for name, width, style in (("rank", 4, "dim"), ("score", 6, "bold"), ("index", 5, "dim")):
+        table.add_column(name, justify="right", width=width, style=style)
+    table.add_column("document", ratio=1, overflow="ellipsis", no_wrap=True)
     for rank, (index, score, document) in enumerate(ranked, start=1):
         if isinstance(document, dict):
             document = f"{document.get('title') or ''} {document['text']}".strip()

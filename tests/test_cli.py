@@ -72,6 +72,7 @@ def test_a_table_shows_brackets_as_they_are(capsys, saved_folder, tmp_path):
     code, out, _ = rerank(capsys, saved_folder, str(path))
     assert code == 0
     assert "[bold]not markup[/bold]" in out
+    assert "score" in out.splitlines()[1]
     assert "[CLS]" in out
 
 
