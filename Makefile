@@ -23,11 +23,12 @@ lint: $(VENV)/.installed
 
 # torch first and by version: a range would bring several gigabytes of CUDA packages to a machine without a GPU.
 $(VENV)/.installed: setup.py
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable ".[all]"
-	touch $@
+	@echo "Installing into $(VENV); this happens once and takes a few minutes."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -qq --upgrade pip
+	@$(BIN)/pip install -qq torch==2.13.0
+	@$(BIN)/pip install -qq --editable ".[all]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info

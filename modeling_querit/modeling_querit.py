@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
@@ -22,6 +26,7 @@ logger = logging.get_logger(__name__)
 
 # Published checkpoints call the head `head`.
 _PUBLISHED_KEYS = {r"^head\.": "score."}
+_EXPERT_KEY = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.weight)")
 
 
 @dataclass
@@ -92,15 +97,21 @@ class QueritPreTrainedModel(PreTrainedModel):
         with_loading_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         key_mapping = _PUBLISHED_KEYS | (kwargs.pop("key_mapping", None) or {})
-        # Sizes are let through here, so that our own error can name the key in one sentence.
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            key_mapping=key_mapping,
-            **kwargs,
-        )
+        try:
+            # Sizes are let through here, so that our own error can name the key in one sentence.
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                key_mapping=key_mapping,
+                **kwargs,
+            )
+        except RuntimeError as error:
+            # transformers names no key where it cannot put the experts of a layer together.
+            if missing := _missing_experts(pretrained_model_name_or_path):
+                raise ValueError(f"{pretrained_model_name_or_path}: no weight for {_few(missing)}.") from error
+            raise
         _check_loaded(pretrained_model_name_or_path, info, may_mismatch)
         model._save_under_own_keys()
         model._hub_kwargs = {
@@ -165,7 +176,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
         ```python
         >>> model = QueritForSequenceRanking.from_pretrained(modeling_querit.default_model_path())
         >>> model.rank("who wrote Faust", ["Goethe finished Faust in 1831.", "A fist is a closed hand."], top_k=1)
-        [RankedDocument(index=0, score=0.97, document='Goethe finished Faust in 1831.')]
+        [RankedDocument(index=0, score=0.65, document='Goethe finished Faust in 1831.')]
         ```
     """
 
@@ -355,6 +366,18 @@ def _check_loaded(name: Any, info: dict[str, Any], may_mismatch: bool) -> None:
             + ". A reranker is not loaded with weights left at their initial value; to start training from a plain "
             "decoder use modeling_querit.from_backbone."
         )
+
+
+def _missing_experts(name: str | os.PathLike) -> list[str]:
+    """Keys of single experts that a local checkpoint lacks, while it has others of their layer."""
+    keys: set[str] = set()
+    for path in Path(name).glob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            keys.update(tensors.keys())
+    found = [match.groups() for match in map(_EXPERT_KEY.fullmatch, keys) if match]
+    layers, experts = {layer for layer, _, _ in found}, {int(expert) for _, expert, _ in found}
+    wanted = itertools.product(layers, range(max(experts, default=-1) + 1), {part for _, _, part in found})
+    return sorted({f"{layer}.{expert}.{part}" for layer, expert, part in wanted} - keys)
 
 
 def _few(keys: list[str], limit: int = 3) -> str:

