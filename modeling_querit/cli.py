@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import warnings
@@ -93,6 +94,8 @@ def read_documents(source: str, format: Format = Format.auto) -> list[str | dict
         OSError: if the file cannot be read.
     """
     name = "standard input" if source == "-" else source
+    if source == "-" and sys.stdin is None:
+        raise ValueError("There is no standard input: name a file.")
     try:
         raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
         text = raw.decode("utf-8-sig")
@@ -115,10 +118,12 @@ def read_documents(source: str, format: Format = Format.auto) -> list[str | dict
 def _parse_document(line: str, where: str) -> str | dict[str, Any]:
     try:
         document = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: {error.msg} (column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}") from None
     if not isinstance(document.get("text") if isinstance(document, dict) else document, str):
         raise ValueError(f"{where}: a document is a string or an object with a 'text'.")
+    if isinstance(document, dict) and not isinstance(document.get("title"), str | None):
+        raise ValueError(f"{where}: the title is not a string.")
     return document
 
 
@@ -128,8 +133,12 @@ def _load(name: str, device: str | None):
     from .checkpoints.loading import load_model
 
     _quiet()
-    model = load_model(name)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {error}") from None
+    return load_model(name).to(device)
 
 
 def _quiet() -> None:
@@ -160,6 +169,10 @@ def _print_table(query: str, ranked: list) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: exit code 0, or 2 with one line on standard error where the input is at fault."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What a terminal cannot show, a lone surrogate for one, is escaped: no ranking is lost to it.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(args=argv)
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -55,7 +55,7 @@ class QueritConfig(PreTrainedConfig):
         **kwargs: Any,
     ):
         self.text_config = _as_config(text_config)
-        if margin_scale <= 0:
+        if not margin_scale > 0:
             raise ValueError(
                 f"margin_scale is {margin_scale}: without a margin above 0 the hinge loss asks for nothing."
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
@@ -107,6 +107,10 @@ class QueritPreTrainedModel(PreTrainedModel):
                 key_mapping=key_mapping,
                 **kwargs,
             )
+        except SafetensorError as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: a weight file is damaged or cut short ({error})."
+            ) from error
         except RuntimeError as error:
             # transformers names no key where it cannot put the experts of a layer together.
             if missing := _missing_experts(pretrained_model_name_or_path):
@@ -304,7 +308,11 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
 
 
 class QueritForSequenceClassification(QueritForSequenceRanking):
-    """The same weights with one logit, `(z1 - z0) / 2`, whose tanh is the score: for CrossEncoder and pipelines."""
+    """The same weights with one logit, `(z1 - z0) / 2`, whose tanh is the score.
+
+    For sentence-transformers' CrossEncoder, which takes template and tanh from the folder; a plain text-classification
+    pipeline knows neither.
+    """
 
     def _public_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return (logits[:, 1:] - logits[:, :1]) / 2
@@ -323,12 +331,14 @@ def _prepare_mask(
             f"attention_mask has shape {tuple(attention_mask.shape)}: give (batch, sequence) or "
             "(batch, 1, sequence, sequence)."
         )
+    if not attention_mask.is_floating_point():
+        attention_mask = attention_mask.bool()
     is_boolean = attention_mask.dtype == torch.bool
     # Blocked is written as the dtype's minimum, as -inf, -1e9 or -1e4; what is above is a bias.
     may_attend = attention_mask if is_boolean else attention_mask > -1e3
     is_biased = not is_boolean and bool((attention_mask[may_attend] != 0).any())
     may_attend = may_attend.expand(batch_size, -1, -1, -1)
-    is_token = may_attend[:, 0].diagonal(dim1=-2, dim2=-1)
+    is_token = _linked_positions(may_attend[:, 0])
     causal = torch.ones_like(may_attend[0, 0]).tril()
     plain = is_token[:, :, None] & is_token[:, None, :] & causal
     # Causal attention over the tokens, as the reference wrapper writes it, is what a 2-D mask says: with that the
@@ -339,6 +349,18 @@ def _prepare_mask(
         blocked = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
         attention_mask = blocked.masked_fill(~attention_mask, torch.finfo(dtype).min)
     return attention_mask, is_token
+
+
+def _linked_positions(may_attend: torch.Tensor) -> torch.Tensor:
+    """(batch, sequence): positions that see themselves and that see, or are seen by, another one.
+
+    Padding sometimes sees itself, lest its row of the softmax be empty; nothing else has to do with it.
+    """
+    itself = may_attend.diagonal(dim1=-2, dim2=-1)
+    others = may_attend & ~torch.eye(may_attend.shape[-1], dtype=torch.bool, device=may_attend.device)
+    linked = itself & (others.any(-1) | others.any(-2))
+    # A text of one token is linked to nothing.
+    return torch.where(linked.any(-1, keepdim=True), linked, itself)
 
 
 def _last_token(hidden_states: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:

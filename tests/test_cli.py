@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +86,8 @@ def test_a_table_shows_brackets_as_they_are(capsys, saved_folder, tmp_path):
         ("broken.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3"),
         ("textless.jsonl", b'{"title": "a"}\n', "line 1: a document is a string or an object with a 'text'"),
         ("latin.txt", "für".encode("latin-1"), "is not UTF-8"),
+        ("title.jsonl", b'{"text": "a", "title": 5}\n', "line 1: the title is not a string"),
+        ("deep.jsonl", b"[" * 100_000 + b"\n", "line 1: "),
     ],
 )
 def test_bad_documents_give_one_line_and_code_2(capsys, saved_folder, tmp_path, name, content, message):
@@ -102,6 +106,37 @@ def test_an_unknown_model_gives_one_line_and_code_2(capsys, documents, name):
     assert (code, out) == (2, "")
     assert name in err
     assert err.count("\n") == 1
+
+
+def test_an_unknown_device(capsys, saved_folder, documents):
+    code, _, err = rerank(capsys, saved_folder, "--device", "nonsense", documents)
+    assert code == 2
+    assert "--device nonsense" in err
+    assert err.count("\n") == 1
+
+
+def test_no_standard_input(capsys, monkeypatch, saved_folder):
+    monkeypatch.setattr(sys, "stdin", None)
+    code, _, err = rerank(capsys, saved_folder)
+    assert (code, err) == (2, "querit: There is no standard input: name a file.\n")
+
+
+def test_what_cannot_be_written_is_escaped(saved_folder, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a\\ud800b"}\n')
+    command = [Path(sys.executable).with_name("querit"), "rerank", "--query", "ü", "--model", saved_folder, path]
+    for more in ([], ["--json"]):
+        done = subprocess.run([*command, *more], capture_output=True, check=True, env=os.environ | {"LC_ALL": "C"})
+        assert b"\\ud800" in done.stdout
+
+
+def test_a_damaged_weight_file(capsys, saved_folder, documents, tmp_path):
+    shutil.copytree(saved_folder, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    code, _, err = rerank(capsys, tmp_path / "damaged", documents)
+    assert code == 2
+    assert "damaged or cut short" in err
 
 
 def test_top_k_below_one(capsys, saved_folder, documents):

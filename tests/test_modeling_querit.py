@@ -818,3 +818,24 @@ def test_vocabulary_can_grow(loaded, ids, reference, tmp_path):
     again = QueritForSequenceRanking.from_pretrained(tmp_path)
     assert again.get_input_embeddings().num_embeddings == 520
     assert scores_of(again, torch.tensor([ids[0]])).item() == pytest.approx(reference[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_padding_that_sees_itself_is_padding(model, side, dtype):
+    """The usual guard against an empty row of the softmax."""
+    ids = [each.input_ids for each in model.processor.encode([tiny.QUERY] * 3, ["a novel by lee", "", "x y z"])]
+    expected = [tiny.reference_score(model, each) for each in ids]
+    input_ids, mask = padded(ids, side)
+    tokens = mask.bool()
+    plain = tokens[:, None, :, None] & tokens[:, None, None, :] & torch.ones(tokens.shape[1:] * 2).tril().bool()
+    guarded = (plain | torch.eye(tokens.shape[1]).bool()).to(dtype)
+    assert scores_of(model, input_ids=input_ids, attention_mask=guarded).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_text_of_one_token_is_a_token(model):
+    input_ids = torch.tensor([[2], [2]])
+    mask = torch.ones(2, 1, 1, 1, dtype=torch.bool)
+    assert torch.equal(
+        scores_of(model, input_ids=input_ids, attention_mask=mask), scores_of(model, input_ids=input_ids)
+    )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
-from ..modeling_querit import QueritForSequenceRanking
+from .loading import load_model
+from .writing import write_whole
 
 
 def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike, dtype: str = "auto") -> Path:
@@ -21,7 +20,7 @@ def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike
         dtype: Of the weights; "auto" keeps the checkpoint's.
 
     Raises:
-        FileExistsError: if there is something at the destination.
+        OSError: if there is something at the destination, it cannot be written, or there is no such source.
         ValueError: if the checkpoint lacks a weight, or its tokenizer `[CLS]`.
 
     Example:
@@ -30,25 +29,14 @@ def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike
         PosixPath('querit-4b')
         ```
     """
-    destination = Path(destination)
+    destination = Path(destination).absolute()
     if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists: name a new folder.")
-    model = QueritForSequenceRanking.from_pretrained(source, dtype=dtype)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(destination.parent, os.W_OK):
+        raise PermissionError(f"{destination} cannot be written: no permission in {destination.parent}.")
+    model = load_model(source, dtype)
     # Before anything is written: without a tokenizer the folder would serve nobody.
     _ = model.processor
     write_whole(model, destination)
     return destination
-
-
-def write_whole(model: QueritForSequenceRanking, destination: Path, card: str | None = None) -> None:
-    """Save a model, with its card or a stub of one, to a folder that appears only once it is complete."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as aside:
-        folder = Path(aside) / destination.name
-        if card is not None:
-            folder.mkdir()
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        model.save_pretrained(folder)
-        if destination.is_dir():
-            destination.rmdir()
-        shutil.move(folder, destination)

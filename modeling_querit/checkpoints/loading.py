@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import PreTrainedConfig
 
 from ..configuration_querit import QueritConfig
@@ -41,5 +42,6 @@ def load_for_training(name: str | os.PathLike, dtype: torch.dtype = torch.float3
 
 def _is_reranker(name: str | os.PathLike) -> bool:
     config, _ = PreTrainedConfig.get_config_dict(name)
-    published = "MLQwen3Model" in (config.get("architectures") or [])
-    return config.get("model_type") == QueritConfig.model_type or published
+    # Published checkpoints name a class of their own, which transformers does not have.
+    published = [each for each in config.get("architectures") or [] if not hasattr(transformers, each)]
+    return config.get("model_type") == QueritConfig.model_type or bool(published)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ..modeling_querit import QueritForSequenceRanking
 from .backbone import from_backbone
-from .convert import write_whole
+from .writing import write_whole
 
 MINI_NAME = "mini"
 BASE_NAME = "gemma3-270m"
@@ -43,7 +43,7 @@ def default_model_path() -> Path:
     Raises:
         ModuleNotFoundError: if the extra `mini` is not installed.
     """
-    cache = cached_assets_path("modeling_querit", namespace="models")
+    cache = _cache()
     folder = cache / f"mini-{_fingerprint()}"
     if not folder.exists() or _outdated_code(folder):
         with FileLock(cache / "mini.lock"):
@@ -56,12 +56,16 @@ def default_model_path() -> Path:
 def base_model(dtype: torch.dtype = torch.float32) -> QueritForSequenceRanking:
     """Gemma 3 270M with an untrained head, from the package that carries it: what the mini was trained from."""
     gguf = _gguf_package()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=".mini-", dir=_cache()) as folder:
         path = gguf.assemble(Path(folder) / gguf.MODEL_NAME)
         model = from_backbone(folder, gguf_file=path.name, dtype=dtype, max_length=MAX_LENGTH)
     # Nothing is to be looked up again in a folder that is gone.
     model.config.name_or_path = model.config.text_config.name_or_path = ""
     return model
+
+
+def _cache() -> Path:
+    return cached_assets_path("modeling_querit", namespace="models")
 
 
 def _gguf_package() -> ModuleType:

@@ -41,7 +41,7 @@ class BM25:
     Example:
         ```python
         >>> BM25({"a": {"title": "", "text": "red fox"}, "b": {"title": "", "text": "sea"}}).search(["fox"], k=1)
-        [[('a', 0.68...)]]
+        [[('a', 0.24...)]]
         ```
     """
 

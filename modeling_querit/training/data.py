@@ -55,13 +55,15 @@ class RankingDataset(Dataset):
 
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
     """The rows of a JSONL file; a broken one is a ValueError that names file and line."""
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: {error}.") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: {error}") from None
             check_row(row, where)
             yield row
 
@@ -73,6 +75,8 @@ def check_row(row: Any, where: str) -> None:
         raise ValueError(f"{where}: no {missing[0]!r}; a row has query, documents and labels.")
     if not isinstance(row["query"], str):
         raise ValueError(f"{where}: the query is {row['query']!r}, not a string.")
+    if not isinstance(row.get("instruction"), str | None):
+        raise ValueError(f"{where}: the instruction is {row['instruction']!r}, not a string.")
     documents, labels = row["documents"], row["labels"]
     if not isinstance(documents, list) or not isinstance(labels, list):
         raise ValueError(f"{where}: documents and labels are lists.")
@@ -81,6 +85,8 @@ def check_row(row: Any, where: str) -> None:
     for document in documents:
         if not isinstance(document.get("text") if isinstance(document, dict) else document, str):
             raise ValueError(f"{where}: a document is a string or has a 'text', not {document!r}.")
+        if isinstance(document, dict) and not isinstance(document.get("title"), str | None):
+            raise ValueError(f"{where}: the title is {document['title']!r}, not a string.")
     for label in labels:
         if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
             raise ValueError(f"{where}: label {label!r} is not a finite number.")

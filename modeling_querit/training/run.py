@@ -93,16 +93,19 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: QueritTrai
     """
     if not data_args.train:
         raise ValueError("There is nothing to train on: name files or folders with --train.")
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
     rows = _collect_rows(data_args.train, data_args, args.seed)
-    write_rows(rows, output_dir / "train_rows.jsonl")
     validation = _collect_rows(data_args.validation, data_args, args.seed)
+    if not rows:
+        raise ValueError(f"There are no rows in {', '.join(data_args.train)}.")
+    _check_labels(rows + validation, args.losses)
+    model = load_for_training(model_args.model)
+    # Nothing is written before everything that can be wrong has been read.
+    output_dir = Path(args.output_dir)
+    write_rows(rows, output_dir / "train_rows.jsonl")
     _write_record(output_dir, model_args, data_args, args)
     logger.info("Training on %d queries with %d documents.", len(rows), sum(len(row["documents"]) for row in rows))
 
-    model = load_for_training(model_args.model)
     processor = model.processor
     trainer = QueritTrainer(
         _with_lora(model, model_args) if model_args.lora_rank else model,
@@ -126,6 +129,8 @@ def _with_lora(model: QueritForSequenceRanking, args: ModelArguments) -> torch.n
     from peft import LoraConfig, get_peft_model
 
     depth = model.config.text_config.num_hidden_layers
+    if not 0 <= args.lora_first_layer < depth:
+        raise ValueError(f"lora_first_layer is {args.lora_first_layer}: the model has layers 0 to {depth - 1}.")
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha,
@@ -134,6 +139,18 @@ def _with_lora(model: QueritForSequenceRanking, args: ModelArguments) -> torch.n
         modules_to_save=["score"],
     )
     return get_peft_model(model, config)
+
+
+def _check_labels(rows: Sequence[Row], losses: Sequence[str]) -> None:
+    """Labels a loss has no meaning for would train towards NaN, or without bound."""
+    labels = [label for row in rows for label in row["labels"]]
+    if "listwise_kl" in losses and min(labels) < 0:
+        raise ValueError(f"listwise_kl needs labels of at least 0, but there is {min(labels)}.")
+    if "pointwise_bce" in losses and not 0 <= min(labels) <= max(labels) <= 1:
+        raise ValueError(
+            f"pointwise_bce needs labels in [0, 1], but they go from {min(labels)} to {max(labels)}: "
+            "divide grades by the highest."
+        )
 
 
 def _collect_rows(sources: Sequence[str], args: DataArguments, seed: int) -> list[Row]:
@@ -164,8 +181,10 @@ def _parse_yaml(parser: HfArgumentParser, path: str, overrides: list[str]) -> tu
     """A YAML file of the same names as the flags; flags after it win."""
     import yaml
 
-    with open(path, encoding="utf-8") as file:
-        settings = yaml.safe_load(file)
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is no mapping of settings, such as 'model: mini'.")
     known = {each.name for kind in parser.dataclass_types for each in dataclasses.fields(kind)}

@@ -41,3 +41,16 @@ def test_nothing_is_written_of_a_checkpoint_that_lacks_something(model, tmp_path
     with pytest.raises(ValueError, match=r"score\.bias"):
         convert_checkpoint(source, tmp_path / "destination")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_into_the_folder_one_stands_in(model, tmp_path, monkeypatch):
+    source = tiny.write_published(tmp_path / "source", model, tiny.published_tensors(model))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert (convert_checkpoint(source, ".") / "config.json").exists()
+
+
+def test_a_source_that_is_nowhere(tmp_path):
+    with pytest.raises(OSError, match="nowhere is no folder"):
+        convert_checkpoint(tmp_path / "nowhere", tmp_path / "destination")
+    assert not (tmp_path / "destination").exists()

@@ -32,15 +32,27 @@ def test_rows_round_trip(tmp_path):
         (json.dumps({"query": "a", "documents": [], "labels": []}), "line 2: 0 documents"),
         (json.dumps({"query": "a", "documents": [{"title": "b"}], "labels": [1]}), "line 2: a document"),
         (json.dumps({"query": "a", "documents": ["b"], "labels": ["1"]}), "line 2: label '1'"),
+        (json.dumps({"query": "a", "documents": [{"text": "b", "title": 4}], "labels": [1]}), "line 2: the title is 4"),
+        (
+            json.dumps({"query": "a", "documents": ["b"], "labels": [1], "instruction": 7}),
+            "line 2: the instruction is 7",
+        ),
+        ("\udcff", "line 2: "),
         (json.dumps({"query": "a", "documents": ["b"], "labels": [float("nan")]}), "line 2: label nan"),
     ],
 )
 def test_a_broken_row_is_named(tmp_path, row, message):
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(ROWS[0]) + "\n" + row + "\n")
+    path.write_text(json.dumps(ROWS[0]) + "\n" + row + "\n", errors="surrogateescape")
     with pytest.raises(ValueError, match=message) as error:
         list(read_rows(path))
     assert str(path) in str(error.value)
+
+
+def test_blank_lines_are_no_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n\n")
+    assert list(read_rows(path)) == ROWS[:1]
 
 
 def test_the_collator_flattens_whole_queries(processor):

@@ -111,3 +111,47 @@ def test_nothing_to_train_on(tmp_path):
     with pytest.raises(ValueError, match="nothing to train on"):
         main(["--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "loss", "message"),
+    [
+        ([3, -1], "listwise_kl", "listwise_kl needs labels of at least 0, but there is -1"),
+        ([2, 0], "pointwise_bce", r"pointwise_bce needs labels in \[0, 1\], but they go from 0 to 2"),
+    ],
+)
+def test_labels_that_a_loss_cannot_take(saved_folder, tmp_path, labels, loss, message):
+    write_rows([{"query": "a", "documents": ["b", "c"], "labels": labels}], tmp_path / "rows.jsonl")
+    common = [
+        "--model",
+        str(saved_folder),
+        "--train",
+        str(tmp_path / "rows.jsonl"),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(ValueError, match=message):
+        main([*common, "--losses", loss, *QUICK])
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_rows(saved_folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"no rows in .*rows\.jsonl"):
+        main(
+            [
+                "--model",
+                str(saved_folder),
+                "--train",
+                str(tmp_path / "rows.jsonl"),
+                "--output_dir",
+                str(tmp_path / "out"),
+            ]
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_above_the_last_layer(saved_folder, rows, tmp_path):
+    common = ["--model", str(saved_folder), "--train", rows, "--output_dir", str(tmp_path / "out"), *QUICK]
+    with pytest.raises(ValueError, match="has layers 0 to 1"):
+        main([*common, "--lora_rank", "2", "--lora_first_layer", "2"])
