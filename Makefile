@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 QUERY ?= wie entferne ich ein Paket samt Konfiguration
 DOCS ?= examples/linux_howto.jsonl
 
-.PHONY: rerank test test-slow lint clean
+.PHONY: rerank test lint clean
 export QUERY DOCS
 
 rerank: $(VENV)/.installed
@@ -13,9 +13,6 @@ rerank: $(VENV)/.installed
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest
-
-test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
