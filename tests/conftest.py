@@ -61,6 +61,37 @@ def model(models, architecture):
 
 
 @pytest.fixture(scope="session")
+def ids(processor):
+    """Token ids of a few pairs of different lengths."""
+    return [pair.input_ids for pair in processor.encode([tiny.QUERY] * len(tiny.DOCUMENTS), tiny.DOCUMENTS)]
+
+
+@pytest.fixture(scope="session")
+def references(models, ids):
+    """The scores of these pairs, each computed by itself by transformers' own backbone and numpy."""
+    made = {}
+
+    def get(architecture):
+        if architecture not in made:
+            made[architecture] = [tiny.reference_score(models(architecture), each) for each in ids]
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture
+def reference(references, architecture):
+    return references(architecture)
+
+
+@pytest.fixture(scope="session")
+def content_cls_mask():
+    """The function by which mteb's wrapper writes its masks."""
+    module = pytest.importorskip("mteb.models.model_implementations.querit_models")
+    return module.QueritWrapper.compute_mask_content_cls
+
+
+@pytest.fixture(scope="session")
 def saved_folders(models, tmp_path_factory):
     """One saved folder per architecture. Tests copy before they change anything."""
     made = {}
