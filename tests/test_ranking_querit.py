@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.utils import logging
 
-from modeling_querit import QueritForSequenceClassification, QueritOutput, RankedDocument, ranking_querit
-from modeling_querit.ranking_querit import plan_batches
+from modeling_querit import QueritForSequenceClassification, RankedDocument, ranking_querit
+from modeling_querit.engine_querit import score_pack
+from modeling_querit.ranking_querit import Optimizations, plan_batches, score_stream
 
 
 @pytest.fixture
@@ -21,20 +22,32 @@ def scores(model):
 
 
 @pytest.fixture
-def broken(loaded):
+def broken(loaded, monkeypatch):
     """Makes a model that gives a certain score to documents of more than 50 tokens."""
 
     def make(value):
-        forward = loaded.forward
+        def wrong(model, pack, states, **kwargs):
+            scores, states = score_pack(model, pack, states, **kwargs)
+            lengths = torch.tensor([text.prefix_length + text.length for text in pack.texts if text.is_read])
+            return torch.where(lengths > 50, value, scores), states
 
-        def wrong(input_ids, attention_mask):
-            score = forward(input_ids, attention_mask).score
-            return QueritOutput(score=torch.where(attention_mask.sum(-1, keepdim=True) > 50, value, score))
-
-        loaded.forward = wrong
+        monkeypatch.setattr(ranking_querit, "score_pack", wrong)
         return loaded
 
     return make
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The packs that went through a model."""
+    packs = []
+
+    def spied(model, pack, states, **kwargs):
+        packs.append(pack)
+        return score_pack(model, pack, states, **kwargs)
+
+    monkeypatch.setattr(ranking_querit, "score_pack", spied)
+    return packs
 
 
 def in_order(scores):
@@ -122,9 +135,16 @@ def test_max_length_cuts(model, processor):
     assert ranked.score == pytest.approx(score, abs=1e-5)
 
 
-def test_the_classifier_ranks_alike(saved_folder, scores):
+def test_the_classifier_ranks_alike(saved_folder, model, scores):
     classifier = QueritForSequenceClassification.from_pretrained(saved_folder)
-    assert classifier.predict(tiny.pairs()).tolist() == pytest.approx(scores, abs=1e-5)
+    for batch_tokens in [100, 8192]:
+        assert classifier.predict(tiny.pairs(), batch_tokens=batch_tokens).tolist() == pytest.approx(scores, abs=1e-5)
+        stream = classifier.predict_stream(iter(tiny.pairs()), batch_tokens=batch_tokens)
+        assert list(stream) == pytest.approx(scores, abs=1e-5)
+    for top_k in [None, 2]:
+        ranking, expected = (each.rank(tiny.QUERY, tiny.DOCUMENTS, top_k=top_k) for each in (classifier, model))
+        assert [each.index for each in ranking] == [each.index for each in expected]
+        assert [each.score for each in ranking] == pytest.approx([each.score for each in expected], abs=1e-5)
 
 
 # What must not move a score
@@ -145,12 +165,28 @@ def test_scores_do_not_depend_on_the_neighbours(model, scores):
     assert [model.predict([pair]).item() for pair in tiny.pairs()] == pytest.approx(scores, abs=1e-5)
 
 
-def test_forward_passes_keep_to_batch_tokens(loaded):
+@pytest.fixture
+def sizes(loaded):
+    """(rows, width) of every forward pass through the backbone."""
     sizes = []
-    loaded.register_forward_hook(
+    loaded.model.register_forward_hook(
         lambda module, args, kwargs, output: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
+    return sizes
+
+
+def test_forward_passes_keep_to_batch_tokens(loaded, sizes, passes):
     loaded.predict([*tiny.pairs(), (tiny.QUERY, tiny.LONG_DOCUMENT)], batch_tokens=150)
+    assert sizes == [(1, len(pack)) for pack in passes]
+    assert sizes[0] == (1, tiny.MAX_LENGTH)
+    assert all(width <= 150 for _, width in sizes[1:])
+    assert sum(len(pack.pairs) for pack in passes) == len(tiny.DOCUMENTS) + 1
+    assert max(len(pack.pairs) for pack in passes) > 1
+
+
+def test_padded_forward_passes_keep_to_batch_tokens(loaded, sizes):
+    pairs = [*tiny.pairs(), (tiny.QUERY, tiny.LONG_DOCUMENT)]
+    assert len(list(score_stream(loaded, pairs, batch_tokens=150, optimizations=Optimizations(packs=False)))) == 7
     assert sizes[0] == (1, tiny.MAX_LENGTH)
     assert all(rows * width <= 150 for rows, width in sizes[1:])
     assert sum(rows for rows, _ in sizes) == len(tiny.DOCUMENTS) + 1
@@ -182,6 +218,238 @@ def test_an_empty_budget_is_an_error(model, batch_tokens):
         model.predict(tiny.pairs(), batch_tokens=batch_tokens)
 
 
+# Streams
+
+
+STREAM = [f"{word} {number}" for word in ["book", "novel", "judge", "x"] for number in range(25)]
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Few pairs at once; returns how many may be read ahead of the scores."""
+    monkeypatch.setattr(ranking_querit, "_PAIRS_AT_ONCE", 16)
+    monkeypatch.setattr(ranking_querit, "_PASSES_AT_ONCE", 2)
+    # A pair has more than 16 tokens, so that with 512 a batch two readings fill a window of two batches.
+    return 2 * 512 // 16 + 16
+
+
+@pytest.fixture(scope="module")
+def stream_scores(models):
+    return models("qwen3").predict(tiny.pairs(STREAM)).tolist()
+
+
+class Documents:
+    """5,000 documents, of which it counts how many were read and how many are still held."""
+
+    class Document(dict):
+        def __init__(self, owner, index):
+            super().__init__(text=STREAM[index * 7 % len(STREAM)])
+            self.owner = owner
+            owner.held += 1
+
+        def __del__(self):
+            self.owner.held -= 1
+
+    def __init__(self, count=5000):
+        self.count, self.read, self.held, self.most = count, 0, 0, 0
+
+    def __iter__(self):
+        for index in range(self.count):
+            self.read += 1
+            document = self.Document(self, index)
+            self.most = max(self.most, self.held)
+            yield document
+
+    def expected(self, scores):
+        return [scores[index * 7 % len(STREAM)] for index in range(self.count)]
+
+
+def test_predict_stream_reads_as_it_scores(models, stream_scores, small_windows):
+    documents, scores, ahead = Documents(), [], 0
+    for score in models("qwen3").predict_stream(((tiny.QUERY, document) for document in documents), batch_tokens=512):
+        scores.append(score)
+        ahead = max(ahead, documents.read - len(scores))
+    assert type(scores[0]) is float
+    assert documents.read == 5000
+    assert ahead <= small_windows
+    assert documents.most <= 2 * small_windows
+    assert scores == pytest.approx(documents.expected(stream_scores), abs=1e-5)
+
+
+def test_top_k_of_a_stream(models, stream_scores, small_windows):
+    documents = Documents()
+    ranking = models("qwen3").rank(tiny.QUERY, documents, top_k=30, batch_tokens=512)
+    assert documents.read == 5000
+    assert documents.most <= 2 * small_windows + 30
+    expected = sorted(documents.expected(stream_scores), reverse=True)[:30]
+    assert [each.score for each in ranking] == pytest.approx(expected, abs=1e-5)
+    assert all(each.document["text"] == STREAM[each.index * 7 % len(STREAM)] for each in ranking)
+
+
+def test_nothing_is_read_before_the_first_score_is_asked_for(models, stream_scores, small_windows):
+    documents = Documents()
+    stream = models("qwen3").predict_stream(((tiny.QUERY, document) for document in documents), batch_tokens=512)
+    assert documents.read == 0
+    assert next(stream) == pytest.approx(stream_scores[0], abs=1e-5)
+    assert 0 < documents.read <= small_windows
+    # A caller that has seen enough leaves a model that can be used.
+    stream.close()
+    assert models("qwen3").predict(tiny.pairs(STREAM[:2])).tolist() == pytest.approx(stream_scores[:2], abs=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 40])
+def test_ties_in_a_stream_keep_the_given_order(loaded, small_windows, top_k):
+    nn.init.zeros_(loaded.score.weight)
+    nn.init.zeros_(loaded.score.bias)
+    ranking = loaded.rank(tiny.QUERY, iter(STREAM), top_k=top_k, batch_tokens=512)
+    assert [each.index for each in ranking] == list(range(top_k))
+    assert [each.document for each in ranking] == STREAM[:top_k]
+
+
+def test_an_error_in_the_input_comes_through(models, small_windows):
+    def documents():
+        yield from STREAM[:40]
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        models("qwen3").rank(tiny.QUERY, documents(), top_k=2)
+
+
+def test_predict_takes_any_iterable_of_pairs(model, scores):
+    assert model.predict(pair for pair in tiny.pairs()).tolist() == pytest.approx(scores, abs=1e-5)
+    assert list(model.predict_stream(iter(tiny.pairs()))) == pytest.approx(scores, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [60, 200, 100_000])
+def test_many_queries_at_once(model, batch_tokens):
+    queries = [tiny.QUERY, "a novel", "nobody asked", "", "x " * 30]
+    alone = {query: model.predict(tiny.pairs(query=query)).tolist() for query in queries}
+    pairs = [(query, document) for document in tiny.DOCUMENTS for query in queries] + [("only once", "x")]
+    scores = model.predict(pairs, batch_tokens=batch_tokens).tolist()
+    for place, query in enumerate(queries):
+        assert scores[place :: len(queries)][: len(tiny.DOCUMENTS)] == pytest.approx(alone[query], abs=1e-5)
+    assert scores[-1] == pytest.approx(model.predict(pairs[-1:]).item(), abs=1e-5)
+
+
+# Out of memory
+
+
+MEMORY_ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)."),
+    MemoryError(),
+]
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Lets forward passes of too many tokens fail; returns the sizes of those tried, and the warnings."""
+
+    def limit(tokens, error):
+        tried, warnings = [], []
+
+        def limited(function, size_of):
+            def run(model, *args, **kwargs):
+                tried.append(size_of(*args, **kwargs))
+                if tried[-1] > tokens:
+                    raise error
+                return function(model, *args, **kwargs)
+
+            return run
+
+        packed = limited(ranking_querit.score_pack, lambda pack, *args, **kwargs: len(pack))
+        padded = limited(ranking_querit.score_padded, lambda input_ids, **kwargs: input_ids.numel())
+        monkeypatch.setattr(ranking_querit, "score_pack", packed)
+        monkeypatch.setattr(ranking_querit, "score_padded", padded)
+        logger = SimpleNamespace(warning=warnings.append, warning_once=lambda message: None)
+        monkeypatch.setattr(ranking_querit, "logger", logger)
+        return tried, warnings
+
+    return limit
+
+
+@pytest.mark.parametrize("error", MEMORY_ERRORS, ids=["CUDA", "CPU", "MPS", "Python"])
+@pytest.mark.parametrize("packs", [True, False])
+def test_out_of_memory_halves_the_batches(models, memory, small_windows, error, packs):
+    model = models("qwen3")
+    pairs = [(query, document) for document in STREAM for query in [tiny.QUERY, "a novel"]]
+    expected = model.predict(pairs).tolist()
+    tried, warnings = memory(200, error)
+    scored = score_stream(model, pairs, batch_tokens=1000, optimizations=Optimizations(packs=packs))
+    assert [score for _, score in scored] == pytest.approx(expected, abs=1e-5)
+    failed = [place for place, tokens in enumerate(tried) if tokens > 200]
+    assert 1 <= len(failed) <= 5
+    assert len(warnings) == len(failed)
+    assert all("Out of memory" in warning for warning in warnings)
+    # Only the first window tries what does not fit: from then on, batches are small.
+    assert failed == list(range(len(failed)))
+    assert len(tried) > 10
+
+
+def test_out_of_memory_in_the_middle(models, memory, monkeypatch):
+    """What is done stays done, prefixes are computed anew."""
+    model = models("qwen3")
+    expected = model.predict(tiny.pairs(STREAM)).tolist()
+    passes, score_pack = [], ranking_querit.score_pack
+
+    def sometimes(model, pack, *args, **kwargs):
+        passes.append(pack)
+        if len(passes) == 3:
+            raise MEMORY_ERRORS[0]
+        return score_pack(model, pack, *args, **kwargs)
+
+    monkeypatch.setattr(ranking_querit, "score_pack", sometimes)
+    assert model.predict(tiny.pairs(STREAM), batch_tokens=150).tolist() == pytest.approx(expected, abs=1e-5)
+    assert passes[2].carried > 0
+    assert passes[3].carried == 0
+    assert sum(len(pack.pairs) for pack in passes) == len(STREAM) + len(passes[2].pairs)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize(
+    "pairs", [[(tiny.QUERY, tiny.LONG_DOCUMENT)], [*tiny.pairs(), (tiny.QUERY, tiny.LONG_DOCUMENT)]]
+)
+def test_a_pair_that_does_not_fit_at_all(models, memory, packs, pairs):
+    memory(200, MEMORY_ERRORS[0])
+    with pytest.raises(RuntimeError, match=f"A pair of {tiny.MAX_LENGTH} tokens does not fit.*max_length") as caught:
+        list(score_stream(models("qwen3"), pairs, optimizations=Optimizations(packs=packs)))
+    assert caught.value.__cause__ is MEMORY_ERRORS[0]
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_other_errors_come_through(models, memory, packs):
+    error = RuntimeError("a shape is wrong")
+    tried, warnings = memory(0, error)
+    with pytest.raises(RuntimeError) as caught:
+        list(score_stream(models("qwen3"), tiny.pairs(), optimizations=Optimizations(packs=packs)))
+    assert caught.value is error
+    assert len(tried) == 1
+    assert warnings == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_interrupt_leaves_the_model_as_it_was(loaded, scores, training):
+    loaded.train(training)
+    calls = []
+
+    def interrupt(module, args):
+        calls.append(module)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    handle = loaded.model.layers[1].register_forward_pre_hook(interrupt)
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in loaded.modules()]
+    attention = loaded.model.config._attn_implementation
+    with pytest.raises(KeyboardInterrupt):
+        loaded.predict(tiny.pairs(), batch_tokens=64)
+    assert {module.training for module in loaded.modules()} == {training}
+    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in loaded.modules()] == hooks
+    assert loaded.model.config._attn_implementation == attention
+    handle.remove()
+    assert loaded.predict(tiny.pairs(), batch_tokens=64).tolist() == pytest.approx(scores, abs=1e-5)
+
+
 # The state of the model
 
 
@@ -189,7 +457,8 @@ def test_an_empty_budget_is_an_error(model, batch_tokens):
 def test_training_mode_is_restored(loaded, scores, training):
     loaded.train(training)
     seen = []
-    loaded.register_forward_pre_hook(lambda module, args: seen.append(module.training))
+    for part in [loaded.model, loaded.score]:
+        part.register_forward_pre_hook(lambda module, args: seen.append(module.training))
     assert loaded.predict(tiny.pairs()).tolist() == pytest.approx(scores, abs=1e-5)
     assert set(seen) == {False}
     assert all(module.training is training for module in loaded.modules())
@@ -299,6 +568,35 @@ def test_progress_bar(models, capsys):
         (logging.enable_progress_bar if was_enabled else logging.disable_progress_bar)()
 
 
+@pytest.mark.parametrize("is_list", [True, False])
+def test_the_progress_bar_knows_the_total_of_a_list(models, monkeypatch, is_list):
+    bars = []
+
+    class Bar:
+        def __init__(self, total, **kwargs):
+            self.total, self.done, self.is_closed = total, 0, False
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            self.is_closed = True
+
+        def update(self, count):
+            self.done += count
+
+    monkeypatch.setattr(ranking_querit.logging, "tqdm", Bar)
+    model, given = models("qwen3"), list if is_list else iter
+    model.predict(given(tiny.pairs()))
+    model.rank(tiny.QUERY, given(tiny.DOCUMENTS), top_k=2, batch_tokens=64)
+    list(model.predict_stream(given(tiny.pairs())))
+    count = len(tiny.DOCUMENTS)
+    assert [bar.total for bar in bars] == [count if is_list else None] * 3
+    assert [bar.done for bar in bars] == [count] * 3
+    assert all(bar.is_closed for bar in bars)
+
+
 def test_cuts_are_warned_of(models, monkeypatch):
     model, messages = models("qwen3"), []
     monkeypatch.setattr(ranking_querit, "logger", SimpleNamespace(warning_once=messages.append))
@@ -307,3 +605,24 @@ def test_cuts_are_warned_of(models, monkeypatch):
     model.predict([*tiny.pairs(), (tiny.QUERY, tiny.LONG_DOCUMENT), ("who " * 300, "x")])
     [message] = messages
     assert "longer than max_length" in message
+
+
+def test_weights_that_cannot_meet_float32_states_do_not(loaded, scores, monkeypatch):
+    """Where float32 arithmetic meets a product it does not know, the model's own dtype is gone on with."""
+    score_pack, asked = ranking_querit.score_pack, []
+
+    def fussy(*args, converts, **kwargs):
+        asked.append(converts)
+        if converts:
+            raise RuntimeError("expected scalar type Float but found BFloat16")
+        return score_pack(*args, converts=converts, **kwargs)
+
+    monkeypatch.setattr(ranking_querit, "score_pack", fussy)
+    for _ in range(2):
+        assert loaded.predict(tiny.pairs()).tolist() == pytest.approx(scores, abs=1e-5)
+    assert asked == [True, False, False]
+
+
+def test_default_batch_tokens(models):
+    assert ranking_querit.default_batch_tokens(models("qwen3")) == 2048
+    assert ranking_querit.default_batch_tokens(models("deepseek_v3")) == 8192

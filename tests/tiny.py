@@ -136,7 +136,10 @@ def softmax_difference(logits):
 
 def reference_score(model, ids, position_ids=None):
     """The score of one unpadded sequence, by transformers' own backbone and numpy in float64."""
-    backbone = BACKBONES[model.config.text_config.model_type](copy.deepcopy(model.config.text_config)).eval()
+    config = copy.deepcopy(model.config.text_config)
+    # Nothing of ours.
+    config._experts_implementation = "eager"
+    backbone = BACKBONES[config.model_type](config).eval()
     backbone.load_state_dict(model.model.state_dict())
     with torch.inference_mode():
         states = backbone(input_ids=torch.tensor([ids])).last_hidden_state
