@@ -29,8 +29,9 @@ from .precision_querit import float32_is_faster
 NAME = "querit"
 TRITON_NAME = "querit_triton"
 
-# From this many tokens an expert on, float32 products gain more than converting the expert's weights costs.
-_ROWS_WORTH_CONVERTING = 32
+# From this many tokens an expert on, float32 products gain more than converting the expert's weights costs. With fewer,
+# reading the weights is what takes the time, and transformers' `grouped_mm` reads them with the least ado.
+_ROWS_WORTH_CONVERTING = 48
 # Experts computed at once, at most: their converted weights are held in memory.
 _MAX_GROUP = 16
 # Rows computed over rows needed, where the experts of a group are padded to the same number of rows.
@@ -60,7 +61,13 @@ def querit_experts_forward(
     tensors = (hidden_states, top_k_weights, *_projections(self), *self.parameters())
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _forward_for_backward(self, hidden_states, top_k_index, top_k_weights)
-    return _forward(self, hidden_states, top_k_index, top_k_weights)
+    dtype = _product_dtype(self, hidden_states)
+    if float32_is_faster(hidden_states.device, dtype):
+        if top_k_index.numel() >= _ROWS_WORTH_CONVERTING * self.num_experts:
+            dtype = torch.float32
+        elif _suits_grouped_mm(self):
+            return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+    return _forward(self, hidden_states, top_k_index, top_k_weights, dtype)
 
 
 def triton_experts_forward(
@@ -187,10 +194,11 @@ def _has_triton_layout(self: nn.Module) -> bool:
     )
 
 
-def _forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Without gradients: converted weights and outputs go to buffers that are kept from call to call."""
+def _forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """In `dtype`, without gradients: converted weights and outputs go to buffers that are kept from call to call."""
     first, second = _projections(self)
-    dtype = _arithmetic_dtype(self, hidden_states, top_k_index)
     converts = first.dtype != dtype
     routing = route(top_k_index, self.num_experts, neighbours=not converts)
     inputs = hidden_states.to(dtype)
@@ -272,10 +280,9 @@ def _product_dtype(self: nn.Module, hidden_states: Tensor) -> torch.dtype:
     return torch.promote_types(hidden_states.dtype, self.down_proj.dtype)
 
 
-def _arithmetic_dtype(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor) -> torch.dtype:
-    dtype = _product_dtype(self, hidden_states)
-    is_worth_it = top_k_index.numel() >= _ROWS_WORTH_CONVERTING * self.num_experts
-    return torch.float32 if is_worth_it and float32_is_faster(hidden_states.device, dtype) else dtype
+def _suits_grouped_mm(self: nn.Module) -> bool:
+    """Whether every row of the weights begins at a multiple of 16 bytes."""
+    return all(size * each.element_size() % 16 == 0 for each in _projections(self) for size in each.shape[1:])
 
 
 def _converted(weights: Tensor, experts: list[int], dtype: torch.dtype, name: str) -> Tensor:

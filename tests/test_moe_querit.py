@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import DEVICE, triton_module
+from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoModel, Qwen3MoeConfig
+from transformers import AutoModel, DeepseekV3Config, Qwen3MoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 from modeling_querit import moe_querit
 from modeling_querit.moe_querit import NAME, querit_experts_forward
@@ -267,7 +269,7 @@ def test_equal_inputs_give_equal_bits(dtype, cores, choose):
 
 
 @pytest.mark.parametrize("faster", [False, True], ids=["bfloat16 is faster", "float32 is faster"])
-@pytest.mark.parametrize(("tokens", "many"), [(63, False), (64, True)], ids=["few rows", "many rows"])
+@pytest.mark.parametrize(("tokens", "many"), [(95, False), (96, True)], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bfloat16_is_no_less_exact_than_in_the_loop(layout, tokens, many, faster, cores, choose, monkeypatch):
     choose(faster)
@@ -502,3 +504,27 @@ def test_kernels_without_a_gpu_are_an_error():
     experts.config._experts_implementation = moe_querit.TRITON_NAME
     with pytest.raises(RuntimeError, match=r"'querit_triton' needs Triton and an NVIDIA GPU .* the model is on cpu"):
         experts(*layer)
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(95, ["grouped_mm"]), (96, [])], ids=["few rows", "many rows"])
+def test_few_rows_of_aligned_weights_are_grouped_mm_s(tokens, expected, choose, monkeypatch):
+    """There, transformers' own is fastest on CPUs that are slow at bfloat16."""
+    choose(True)
+    calls, grouped_mm = [], ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+
+    def spy(*args):
+        calls.append("grouped_mm")
+        return grouped_mm(*args)
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "grouped_mm", spy)
+    config = DeepseekV3Config(
+        hidden_size=32, moe_intermediate_size=16, n_routed_experts=EXPERTS, experts_implementation=NAME
+    )
+    experts = DeepseekV3Experts(config).bfloat16()
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    hidden_states = torch.randn(tokens, 32).bfloat16()
+    with torch.no_grad():
+        found = experts(hidden_states, make_index(tokens, 3), torch.rand(tokens, 3).bfloat16())
+    assert calls == expected
+    assert found.shape == hidden_states.shape
