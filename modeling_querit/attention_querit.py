@@ -138,16 +138,15 @@ def _attend_each(
 ) -> Tensor:
     """Text by text, and a long one in pieces: on a CPU, a loop costs little and padding much."""
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    masks = run.made_once(_causal_mask, run.pack, window, query.dtype)
     for text in run.pack.texts:
         keys, values = _of_text(text, run.pack.carried, key), _of_text(text, run.pack.carried, value)
         for start in range(0, text.length, _QUERIES):
             stop = min(start + _QUERIES, text.length)
-            seen = text.prefix_length + stop
-            mask = run.made_once(_causal_mask, text.prefix_length + start, window, query.dtype)
+            first, seen = text.prefix_length + start, text.prefix_length + stop
+            mask = masks[: stop - start, masks.shape[1] - _QUERIES - first :][:, :seen]
             rows = slice(text.rows.start + start, text.rows.start + stop)
-            attended = _attend(
-                query[:, :, rows], keys[:, :, :seen], values[:, :, :seen], mask[: stop - start, :seen], scaling
-            )
+            attended = _attend(query[:, :, rows], keys[:, :, :seen], values[:, :, :seen], mask, scaling)
             output[:, rows] = attended.transpose(1, 2)
     return output
 
@@ -168,10 +167,10 @@ def _of_text(text: Text, carried: int, states: Tensor) -> Tensor:
     return torch.cat((states[:, :, text.prefix], own), 2) if text.prefix_length else own
 
 
-def _causal_mask(first: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive, for queries at positions from `first` on; (queries, keys)."""
-    positions = torch.arange(first, first + _QUERIES).unsqueeze(1)
-    blocked = _blocked(positions, torch.arange(first + _QUERIES), window)
+def _causal_mask(pack: Pack, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive, (queries, keys): for queries from any position on, the last columns up to that position are theirs."""
+    most = max(text.prefix_length + text.length for text in pack.texts)
+    blocked = _blocked(torch.arange(most, most + _QUERIES).unsqueeze(1), torch.arange(most + _QUERIES), window)
     return torch.zeros(blocked.shape, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
 
 
