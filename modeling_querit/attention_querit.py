@@ -155,7 +155,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
     if key.shape[3] == value.shape[3] or query.shape[1] != key.shape[1]:
         has_groups = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=has_groups)
-    # Values narrower than keys (MLA) have no kernel on CPUs, and torch's way around that takes half as long again.
+    # Values narrower than keys (MLA) have no kernel on CPUs, and torch's way around that is slower than this.
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     weights = torch.baddbmm(mask.expand(query.shape[1], -1, -1), query[0], key[0].transpose(1, 2), alpha=scale)
     return torch.bmm(weights.softmax(-1), value[0]).unsqueeze(0)

@@ -60,6 +60,11 @@ def model(models, architecture):
     return models(architecture)
 
 
+@pytest.fixture
+def scores(model):
+    return model.predict(tiny.pairs()).tolist()
+
+
 @pytest.fixture(scope="session")
 def ids(processor):
     """Token ids of a few pairs of different lengths."""
