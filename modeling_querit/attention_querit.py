@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -47,6 +48,10 @@ class Run:
         self.implementation = implementation
         self.last_layer = last_layer
         self._made: dict[tuple, Any] = {}
+
+    def again(self) -> Run:
+        """The same run for layers that a backward pass computes once more (gradient checkpointing)."""
+        return Run(self.pack, self.carried, self.implementation, self.last_layer)
 
     def made_once(self, make: Callable[..., Any], *args: Any) -> Any:
         """`make(*args)`: the layers of a model need the same masks and indices."""
@@ -137,18 +142,18 @@ def _attend_each(
     run: Run, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
     """Text by text, and a long one in pieces: on a CPU, a loop costs little and padding much."""
-    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     masks = run.made_once(_causal_mask, run.pack, window, query.dtype)
-    for text in run.pack.texts:
-        keys, values = _of_text(text, run.pack.carried, key), _of_text(text, run.pack.carried, value)
-        for start in range(0, text.length, _QUERIES):
-            stop = min(start + _QUERIES, text.length)
-            first, seen = text.prefix_length + start, text.prefix_length + stop
-            mask = masks[: stop - start, masks.shape[1] - _QUERIES - first :][:, :seen]
-            rows = slice(text.rows.start + start, text.rows.start + stop)
-            attended = _attend(query[:, :, rows], keys[:, :, :seen], values[:, :, :seen], mask, scaling)
-            output[:, rows] = attended.transpose(1, 2)
-    return output
+    keys, values = _by_text(run.pack, key), _by_text(run.pack, value)
+    attended = []
+    # Split and concatenated, not sliced and written: the backward pass of a slice is as large as the whole.
+    queries = query.split([text.length for text in run.pack.texts], 2)
+    for text, mine, own_keys, own_values in zip(run.pack.texts, queries, keys, values, strict=True):
+        seen = text.prefix_length
+        for some in mine.split(_QUERIES, 2):
+            count, first, seen = some.shape[2], seen, seen + some.shape[2]
+            mask = masks[:count, masks.shape[1] - _QUERIES - first :][:, :seen]
+            attended.append(_attend(some, own_keys[:, :, :seen], own_values[:, :, :seen], mask, scaling))
+    return torch.cat([each.transpose(1, 2) for each in attended], 1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
@@ -161,10 +166,14 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
     return torch.bmm(weights.softmax(-1), value[0]).unsqueeze(0)
 
 
-def _of_text(text: Text, carried: int, states: Tensor) -> Tensor:
-    """Keys or values of a text, those of its prefix first: (1, heads, prefix + length, size)."""
-    own = states[:, :, text.rows.start + carried : text.rows.stop + carried]
-    return torch.cat((states[:, :, text.prefix], own), 2) if text.prefix_length else own
+def _by_text(pack: Pack, states: Tensor) -> Iterator[Tensor]:
+    """Keys or values of each text, those of its prefix first: (1, heads, prefix + length, size)."""
+    lengths = [text.length for text in pack.texts]
+    carried, *own = states.split([pack.carried, *lengths], 2)
+    starts = [0, *itertools.accumulate(lengths, initial=pack.carried)]
+    starting_at = dict(zip(starts, [carried, *own], strict=False))
+    for text, mine in zip(pack.texts, own, strict=True):
+        yield torch.cat((starting_at[text.prefix.start], mine), 2) if text.prefix_length else mine
 
 
 def _causal_mask(pack: Pack, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -184,20 +193,18 @@ def _attend_last_rows(
     run: Run, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
     """For the last token of each pair only; zero elsewhere."""
-    output = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-    for text in run.pack.texts:
+    rows = run.read_rows(query.device)
+    queries, attended = iter(query[:, :, rows].split(1, 2)), []
+    seen = slice(-window, None) if window else slice(None)
+    for text, keys, values in zip(run.pack.texts, _by_text(run.pack, key), _by_text(run.pack, value), strict=True):
         if text.is_read:
-            row = slice(text.rows.stop - 1, text.rows.stop)
-            keys, values = _of_text(text, run.pack.carried, key), _of_text(text, run.pack.carried, value)
-            seen = slice(-window, None) if window else slice(None)
-            output[:, row] = scaled_dot_product_attention(
-                query[:, :, row],
-                keys[:, :, seen],
-                values[:, :, seen],
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            ).transpose(1, 2)
-    return output
+            has_groups = query.shape[1] != key.shape[1]
+            of_text = scaled_dot_product_attention(
+                next(queries), keys[:, :, seen], values[:, :, seen], scale=scaling, enable_gqa=has_groups
+            )
+            attended.append(of_text.transpose(1, 2))
+    output = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+    return output.index_copy(1, rows, torch.cat(attended, 1)) if attended else output
 
 
 class _Batch(NamedTuple):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attention_querit import CURRENT_RUN, NAME, Run, States
-from .packing_querit import Pack
+from .attention_querit import CURRENT_RUN, NAME, CannotPack, Run, States
+from .packing_querit import Pack, plan_packs
 from .precision_querit import Float32Arithmetic, Int8Arithmetic, float32_is_faster
 
 # Parts of a decoder layer that compute each token for itself, under the names that transformers gives them. Keys and
@@ -59,18 +59,38 @@ def score_pack(
     last_layer = config.num_hidden_layers - 1 if reads_last_only else None
     with exclusive(model):
         run = Run(pack, carried, config._attn_implementation, last_layer)
-        with _running(run, config), _reading_rows_only(model.model, run):
-            hidden_states = _forward(
-                model,
-                torch.tensor([pack.input_ids], device=model.device),
-                converts=converts,
-                # A mask of four dimensions is handed on as it is, so none is made; our attention looks at the run.
-                attention_mask=torch.empty(1, 1, 0, 0, device=model.device),
-                position_ids=torch.tensor([pack.position_ids], device=model.device),
-            )[0]
-    if len(hidden_states) != len(pack.pairs):
-        hidden_states = hidden_states[run.read_rows(hidden_states.device)]
-    return _scores(model, hidden_states), run.kept
+        states = read_pack(model, run, **inputs_of(pack, model.device), converts=converts)
+        return _scores(model.score(states)), run.kept
+
+
+def inputs_of(pack: Pack, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """`input_ids` and `position_ids` of a pack, (1, tokens) each."""
+    rows = {"input_ids": pack.input_ids, "position_ids": pack.position_ids}
+    return {name: torch.tensor([values], device=device) for name, values in rows.items()}
+
+
+def read_pack(model: Any, run: Run, input_ids: Tensor, position_ids: Tensor, *, converts: bool = False) -> Tensor:
+    """The final hidden states that are read of a run's pack, (pairs, hidden); differentiable."""
+    backbone = model.model
+    # A mask of four dimensions is handed on as it is, so none is made; our attention looks at the run.
+    no_mask = torch.empty(1, 1, 0, 0, device=input_ids.device)
+    with _Running(run, backbone.config), _reading_rows_only(backbone, run):
+        hidden_states = _forward(
+            model, input_ids, converts=converts, attention_mask=no_mask, position_ids=position_ids
+        )[0]
+    if len(hidden_states) == len(run.pack.pairs):
+        return hidden_states
+    return hidden_states[run.read_rows(hidden_states.device)]
+
+
+def contexts_of_checkpointing(backbone: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What surrounds a layer in the forward pass, and again when a backward pass computes it once more.
+
+    For `context_fn` of `torch.utils.checkpoint`: by the backward pass, a run is over, and on a GPU that pass has a
+    thread of its own.
+    """
+    run = CURRENT_RUN.get()
+    return nullcontext(), nullcontext() if run is None else _Running(run.again(), backbone.config)
 
 
 def score_padded(model: Any, input_ids: Tensor, attention_mask: Tensor, *, converts: bool = True) -> Tensor:
@@ -79,7 +99,7 @@ def score_padded(model: Any, input_ids: Tensor, attention_mask: Tensor, *, conve
     hidden_states = _forward(
         model, input_ids, converts=converts, attention_mask=attention_mask, position_ids=position_ids
     )
-    return _scores(model, hidden_states[:, -1])
+    return _scores(model.score(hidden_states[:, -1]))
 
 
 def attends_plainly(backbone: nn.Module) -> bool:
@@ -90,6 +110,21 @@ def attends_plainly(backbone: nn.Module) -> bool:
         and getattr(backbone, "_supports_attention_backend", False)
         and not getattr(backbone, "_is_stateful", False)
     )
+
+
+def can_pack(model: Any) -> bool:
+    """Whether packs go through a model: tried out, with two tokens."""
+    if not attends_plainly(model.model):
+        return False
+    pack = next(plan_packs([[0, 0]], [[0]], batch_tokens=2))
+    try:
+        with torch.no_grad(), exclusive(model):
+            read_pack(
+                model, Run(pack, {}, model.model.config._attn_implementation, None), **inputs_of(pack, model.device)
+            )
+    except CannotPack:
+        return False
+    return True
 
 
 def _forward(model: Any, input_ids: Tensor, *, converts: bool, **kwargs: Any) -> Tensor:
@@ -104,20 +139,23 @@ def _forward(model: Any, input_ids: Tensor, *, converts: bool, **kwargs: Any) ->
         return model.model(**inputs, use_cache=False, **kwargs).last_hidden_state
 
 
-def _scores(model: Any, hidden_states: Tensor) -> Tensor:
-    logits = model.score(hidden_states)
+def _scores(logits: Tensor) -> Tensor:
     return torch.tanh((logits[:, 1] - logits[:, 0]) / 2)
 
 
-@contextmanager
-def _running(run: Run, config: Any) -> Iterator[None]:
-    token = CURRENT_RUN.set(run)
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = run.implementation
-        CURRENT_RUN.reset(token)
+class _Running:
+    """While it lasts, attention is that of the run."""
+
+    def __init__(self, run: Run, config: Any):
+        self.run, self.config = run, config
+
+    def __enter__(self) -> None:
+        self.token = CURRENT_RUN.set(self.run)
+        self.config._attn_implementation = NAME
+
+    def __exit__(self, *_: object) -> None:
+        self.config._attn_implementation = self.run.implementation
+        CURRENT_RUN.reset(self.token)
 
 
 @contextmanager

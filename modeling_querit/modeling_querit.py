@@ -6,21 +6,26 @@ import copy
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from .attention_querit import Run
 from .configuration_querit import QueritConfig
+from .engine_querit import contexts_of_checkpointing, read_pack
 from .folder_querit import write_card_stub, write_folder_files
 from .loss_querit import pairwise_hinge_loss
 from .moe_querit import NAME as EXPERTS_IMPLEMENTATION
+from .packing_querit import Pack
 from .processing_querit import QueritProcessor
 from .ranking_querit import Document, RankedDocument, rank_documents, score_pairs, score_stream
 
@@ -145,6 +150,16 @@ class QueritPreTrainedModel(PreTrainedModel):
                 each for each in conversions if not ours.intersection(getattr(each, "_original_source_patterns", ()))
             ]
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        # Layers that a backward pass repeats have to see the pack of their forward pass again.
+        settings = getattr(gradient_checkpointing_func, "keywords", {})
+        if settings.get("use_reentrant") is False and "context_fn" not in settings:
+            contexts = partial(contexts_of_checkpointing, self.model)
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, context_fn=contexts)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Write the one folder that transformers, sentence-transformers and mteb load; see `PreTrainedModel`.
 
@@ -208,6 +223,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.FloatTensor | None = None,
         query_ids: torch.LongTensor | None = None,
+        pack: Pack | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> QueritOutput | tuple:
@@ -220,6 +236,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
                 (batch, 1, sequence, sequence). Without one, every position is a token.
             position_ids: (batch, sequence). Counted from the first token by default, so padding moves no score.
             labels: (batch,), hard or continuous, together with `query_ids`, (batch,), for the hinge loss.
+            pack: How the pairs lie end to end in `input_ids` and `position_ids`, (1, tokens), without padding: from
+                `plan_packs`. The batch is then that of its pairs, and there is no `attention_mask`.
             **kwargs: handed to the backbone (`output_hidden_states`, ...).
 
         Returns:
@@ -227,6 +245,37 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
         """
         if labels is not None and query_ids is None:
             raise ValueError("labels need query_ids, (batch,): the loss compares the documents of one query.")
+        hidden_states = attentions = None
+        if pack is not None:
+            last_states = self._read_pack(pack, input_ids, position_ids)
+        else:
+            outputs, is_token = self._decode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+            last_states = _last_token(outputs.last_hidden_state, is_token)
+            hidden_states, attentions = outputs.hidden_states, outputs.attentions
+        logits = self.score(last_states)
+        # p1 - p0 as tanh: the same number, without the cancellation of two nearly equal probabilities.
+        score = torch.tanh((logits[:, 1:] - logits[:, :1]) / 2)
+        loss = None
+        if labels is not None:
+            loss = pairwise_hinge_loss(score.squeeze(-1), labels, query_ids, self.config.margin_scale)
+        output = QueritOutput(
+            loss=loss,
+            logits=self._public_logits(logits),
+            score=score,
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
+        return output if return_dict in (None, True) else output.to_tuple()
+
+    def _decode(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        **kwargs: Any,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """What the backbone returns, and which positions are tokens, (batch, sequence); None: all."""
         batch_size = len(input_ids if inputs_embeds is None else inputs_embeds)
         attention_mask, is_token = _prepare_mask(attention_mask, batch_size, self.dtype)
         if position_ids is None and is_token is not None:
@@ -239,20 +288,14 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits = self.score(_last_token(outputs.last_hidden_state, is_token))
-        # p1 - p0 as tanh: the same number, without the cancellation of two nearly equal probabilities.
-        score = torch.tanh((logits[:, 1:] - logits[:, :1]) / 2)
-        loss = None
-        if labels is not None:
-            loss = pairwise_hinge_loss(score.squeeze(-1), labels, query_ids, self.config.margin_scale)
-        output = QueritOutput(
-            loss=loss,
-            logits=self._public_logits(logits),
-            score=score,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        return output if return_dict in (None, True) else output.to_tuple()
+        return outputs, is_token
+
+    def _read_pack(self, pack: Pack, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        config, layers = self.model.config, getattr(self.model, "layers", None)
+        # A layer that is computed once more in the backward pass has to do then what it did before.
+        is_repeated = self.training and layers and getattr(layers[-1], "gradient_checkpointing", False)
+        run = Run(pack, {}, config._attn_implementation, None if is_repeated else config.num_hidden_layers - 1)
+        return read_pack(self, run, input_ids, position_ids)
 
     def _public_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
