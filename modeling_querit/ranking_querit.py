@@ -116,23 +116,30 @@ def score_stream(
         batch_tokens = default_batch_tokens(model)
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}: a batch needs at least one token.")
-    progress = logging.tqdm(
+
+    def scored(batch_tokens: int) -> Iterator[tuple[Pair, float]]:
+        index = 0
+        with _progress_bar(pairs, total, show_progress_bar) as progress:
+            for window in _windows(model, pairs, instruction, max_length, batch_tokens * _PASSES_AT_ONCE):
+                scoring = _Window(model, window, batch_tokens, optimizations)
+                scores = scoring.scores(progress)
+                _check_finite(scores, index)
+                # What did not fit into memory once need not be tried again.
+                batch_tokens = scoring.batch_tokens
+                index += len(window)
+                yield from zip((pair for pair, _ in window), scores.tolist(), strict=True)
+
+    return scored(batch_tokens)
+
+
+def _progress_bar(pairs: Iterable[Pair], total: int | None, show: bool | None) -> Any:
+    return logging.tqdm(
         total=len(pairs) if isinstance(pairs, Sized) else total,
         desc="Scoring",
         unit="pair",
-        delay=0 if show_progress_bar else _PROGRESS_DELAY,
-        disable=None if show_progress_bar is None else not show_progress_bar,
+        delay=0 if show else _PROGRESS_DELAY,
+        disable=None if show is None else not show,
     )
-    index = 0
-    with progress:
-        for window in _windows(model, pairs, instruction, max_length, batch_tokens * _PASSES_AT_ONCE):
-            scoring = _Window(model, window, batch_tokens, optimizations)
-            scores = scoring.scores(progress)
-            _check_finite(scores, index)
-            # What did not fit into memory once need not be tried again.
-            batch_tokens = scoring.batch_tokens
-            index += len(window)
-            yield from zip((pair for pair, _ in window), scores.tolist(), strict=True)
 
 
 def default_batch_tokens(model: QueritForSequenceRanking) -> int:

@@ -170,6 +170,11 @@ def sizes(loaded):
     return sizes
 
 
+def test_a_batch_of_nothing_is_refused_at_once(model):
+    with pytest.raises(ValueError, match="batch_tokens is 0"):
+        model.predict_stream(tiny.pairs(), batch_tokens=0)
+
+
 def test_forward_passes_keep_to_batch_tokens(loaded, sizes, passes):
     loaded.predict([*tiny.pairs(), (tiny.QUERY, tiny.LONG_DOCUMENT)], batch_tokens=150)
     assert sizes == [(1, len(pack)) for pack in passes]
