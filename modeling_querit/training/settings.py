@@ -163,7 +163,8 @@ def _flags_of(path: str, known: set[str]) -> list[str]:
     flags: list[str] = []
     for name, value in settings.items():
         if value is not None:
-            values = value if isinstance(value, list) else [value]
+            # A bare flag says True, to settings that take a word as well, such as fsdp.
+            values = [] if value is True else value if isinstance(value, list) else [value]
             flags += [f"--{name}", *(_as_text(each) for each in values)]
     return flags
 

@@ -39,18 +39,40 @@ def launch(processes, saved_folder, rows, output_dir, *more):
     return [log for log in state["log_history"] if "loss" in log]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_train_as_one(saved_folder, tmp_path, accumulation):
+LAYERS = {"qwen3": "Qwen3DecoderLayer", "deepseek_v3": "DeepseekV3DecoderLayer"}
+
+
+@pytest.fixture
+def rows(tmp_path):
     pytest.importorskip("peft")
     write_rows(ROWS, tmp_path / "rows.jsonl")
-    found = {}
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        more = ["--gradient_accumulation_steps", accumulation]
-        found[processes] = launch(processes, saved_folder, tmp_path / "rows.jsonl", folder, *more)
-    for one, two in zip(found[1], found[2], strict=True):
+    return tmp_path / "rows.jsonl"
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_train_as_one(saved_folder, rows, tmp_path, accumulation):
+    more = ["--gradient_accumulation_steps", accumulation]
+    compare(launch(1, saved_folder, rows, tmp_path / "1", *more), launch(2, saved_folder, rows, tmp_path / "2", *more))
+    compare_weights(tmp_path / "1", tmp_path / "2")
+
+
+def test_two_processes_with_half_of_the_weights_each_train_as_one(architecture, saved_folder, rows, tmp_path):
+    """FSDP2, with repeated layers and packs, as in examples/train_*_fsdp.yaml."""
+    config = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": LAYERS[architecture]}
+    sharded = ["--gradient_checkpointing", "True", "--fsdp_config", json.dumps(config), "--fsdp"]
+    compare(launch(1, saved_folder, rows, tmp_path / "1"), launch(2, saved_folder, rows, tmp_path / "2", *sharded))
+    compare_weights(tmp_path / "1", tmp_path / "2")
+
+
+def compare(one, two):
+    assert len(one) == len(two) == 4
+    for first, second in zip(one, two, strict=True):
         for name in ("loss", "loss_pairwise_hinge", "loss_listwise_kl", "score_spread", "grad_norm"):
-            assert two[name] == pytest.approx(one[name], abs=2e-4, rel=1e-3), name
-    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("1", "2"))
+            assert second[name] == pytest.approx(first[name], abs=2e-4, rel=1e-3), name
+
+
+def compare_weights(one, two):
+    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (one, two))
+    assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
