@@ -29,6 +29,9 @@ States = dict[nn.Module, tuple[Tensor, Tensor]]
 class CannotPack(Exception):
     """The backbone's attention does what is not known here: soft caps, sinks, position biases, masks of its own."""
 
+    def __init__(self, what: str):
+        super().__init__(f"Pairs cannot be laid end to end for this model, which has {what}: give padded batches.")
+
 
 class Run:
     """What the parts of a forward pass have to know about the pack that goes through.
@@ -48,10 +51,6 @@ class Run:
         self.implementation = implementation
         self.last_layer = last_layer
         self._made: dict[tuple, Any] = {}
-
-    def again(self) -> Run:
-        """The same run for layers that a backward pass computes once more (gradient checkpointing)."""
-        return Run(self.pack, self.carried, self.implementation, self.last_layer)
 
     def made_once(self, make: Callable[..., Any], *args: Any) -> Any:
         """`make(*args)`: the layers of a model need the same masks and indices."""
@@ -116,7 +115,9 @@ def _check(run: Run, module: nn.Module, window: int | None, kwargs: dict[str, An
     """Raise if a module attends otherwise than each token to those before it, or within a window."""
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise CannotPack(name)
+            raise CannotPack(f"attention with {name}")
+    if kwargs.get("dropout"):
+        raise CannotPack("dropout in its attention")
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise CannotPack("attention to later tokens")

@@ -33,7 +33,11 @@ _LOCKS: dict[int, threading.RLock] = {}
 
 def exclusive(model: Any) -> threading.RLock:
     """A lock: a run changes the model's attention and mode for as long as it takes, so one at a time for a model."""
-    return _LOCKS.setdefault(id(model.model.config), threading.RLock())
+    return _lock_of(model.model.config)
+
+
+def _lock_of(config: Any) -> threading.RLock:
+    return _LOCKS.setdefault(id(config), threading.RLock())
 
 
 def score_pack(
@@ -90,7 +94,7 @@ def contexts_of_checkpointing(backbone: nn.Module) -> tuple[AbstractContextManag
     thread of its own.
     """
     run = CURRENT_RUN.get()
-    return nullcontext(), nullcontext() if run is None else _Running(run.again(), backbone.config)
+    return nullcontext(), nullcontext() if run is None else _Running(run, backbone.config)
 
 
 def score_padded(model: Any, input_ids: Tensor, attention_mask: Tensor, *, converts: bool = True) -> Tensor:
@@ -107,14 +111,23 @@ def attends_plainly(backbone: nn.Module) -> bool:
     kinds = set(getattr(backbone.config, "layer_types", None) or ["full_attention"])
     return (
         kinds <= {"full_attention", "sliding_attention"}
+        and not rotates_by_length(backbone)
         and getattr(backbone, "_supports_attention_backend", False)
         and not getattr(backbone, "_is_stateful", False)
     )
 
 
+def rotates_by_length(backbone: nn.Module) -> bool:
+    """Whether its position embeddings depend on the longest text of a batch: then each text is a batch by itself."""
+    parameters = getattr(backbone.config, "rope_parameters", None) or {}
+    # One for all layers, or one for each kind of layer.
+    kinds = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    return any(each.get("rope_type") in ("dynamic", "longrope") for each in kinds)
+
+
 def can_pack(model: Any) -> bool:
-    """Whether packs go through a model: tried out, with two tokens."""
-    if not attends_plainly(model.model):
+    """Whether packs go through a model in training: tried out, with two tokens."""
+    if not attends_plainly(model.model) or getattr(model.model.config, "attention_dropout", 0.0):
         return False
     pack = next(plan_packs([[0, 0]], [[0]], batch_tokens=2))
     try:
@@ -150,12 +163,16 @@ class _Running:
         self.run, self.config = run, config
 
     def __enter__(self) -> None:
+        _lock_of(self.config).acquire()
+        # A backward pass comes by the same modules again.
+        self.run.seen.clear()
         self.token = CURRENT_RUN.set(self.run)
         self.config._attn_implementation = NAME
 
     def __exit__(self, *_: object) -> None:
         self.config._attn_implementation = self.run.implementation
         CURRENT_RUN.reset(self.token)
+        _lock_of(self.config).release()
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .attention_querit import Run
+from .attention_querit import CannotPack, Run
 from .configuration_querit import QueritConfig
-from .engine_querit import contexts_of_checkpointing, read_pack
+from .engine_querit import attends_plainly, contexts_of_checkpointing, exclusive, inputs_of, read_pack
 from .folder_querit import write_card_stub, write_folder_files
 from .loss_querit import pairwise_hinge_loss
 from .moe_querit import NAME as EXPERTS_IMPLEMENTATION
@@ -70,6 +70,8 @@ class QueritPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     # The loss is a mean over pairs: without this the Trainer would not divide it by the accumulation steps.
     accepts_loss_kwargs = False
+    # Whether layers that a backward pass repeats do not know the pack they had.
+    _repeats_blindly = False
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -155,9 +157,10 @@ class QueritPreTrainedModel(PreTrainedModel):
     ) -> None:
         # Layers that a backward pass repeats have to see the pack of their forward pass again.
         settings = getattr(gradient_checkpointing_func, "keywords", {})
-        if settings.get("use_reentrant") is False and "context_fn" not in settings:
+        self._repeats_blindly = enable and (settings.get("use_reentrant", False) or "context_fn" in settings)
+        if enable and not self._repeats_blindly:
             contexts = partial(contexts_of_checkpointing, self.model)
-            gradient_checkpointing_func = partial(gradient_checkpointing_func, context_fn=contexts)
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False, context_fn=contexts)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -237,7 +240,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             position_ids: (batch, sequence). Counted from the first token by default, so padding moves no score.
             labels: (batch,), hard or continuous, together with `query_ids`, (batch,), for the hinge loss.
             pack: How the pairs lie end to end in `input_ids` and `position_ids`, (1, tokens), without padding: from
-                `plan_packs`. The batch is then that of its pairs, and there is no `attention_mask`.
+                `plan_packs`, which knows both, so that they may be left out. The batch is then that of its pairs;
+                nothing else can be given with it.
             **kwargs: handed to the backbone (`output_hidden_states`, ...).
 
         Returns:
@@ -247,7 +251,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             raise ValueError("labels need query_ids, (batch,): the loss compares the documents of one query.")
         hidden_states = attentions = None
         if pack is not None:
-            last_states = self._read_pack(pack, input_ids, position_ids)
+            others = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds} | kwargs
+            last_states = self._read_pack(pack, input_ids, position_ids, others)
         else:
             outputs, is_token = self._decode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
             last_states = _last_token(outputs.last_hidden_state, is_token)
@@ -290,12 +295,32 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
         )
         return outputs, is_token
 
-    def _read_pack(self, pack: Pack, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def _read_pack(
+        self,
+        pack: Pack,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        others: dict[str, Any],
+    ) -> torch.Tensor:
+        given = [name for name, value in others.items() if value is not None and value is not False]
+        if given or pack.carried:
+            raise ValueError(f"A pack goes with nothing but input_ids, not with {(given or ['carried states'])[0]}.")
+        inputs = inputs_of(pack, self.device)
+        for name, ids in (("input_ids", input_ids), ("position_ids", position_ids)):
+            if ids is not None and ids.shape != inputs[name].shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(ids.shape)}, but the pack has {len(pack)} tokens in one row."
+                )
+        if not attends_plainly(self.model):
+            raise CannotPack("no plain attention")
+        if self.training and self._repeats_blindly:
+            raise ValueError("Packs need gradient checkpointing with use_reentrant=False.")
         config, layers = self.model.config, getattr(self.model, "layers", None)
         # A layer that is computed once more in the backward pass has to do then what it did before.
         is_repeated = self.training and layers and getattr(layers[-1], "gradient_checkpointing", False)
-        run = Run(pack, {}, config._attn_implementation, None if is_repeated else config.num_hidden_layers - 1)
-        return read_pack(self, run, input_ids, position_ids)
+        with exclusive(self):
+            run = Run(pack, {}, config._attn_implementation, None if is_repeated else config.num_hidden_layers - 1)
+            return read_pack(self, run, **inputs)
 
     def _public_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return logits

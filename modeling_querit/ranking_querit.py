@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .attention_querit import CannotPack, States
-from .engine_querit import attends_plainly, exclusive, score_pack, score_padded
+from .engine_querit import attends_plainly, exclusive, rotates_by_length, score_pack, score_padded
 from .packing_querit import plan_packs
 from .processing_querit import Document, EncodedPair
 
@@ -112,6 +112,8 @@ def score_stream(
     Arguments are those of `QueritForSequenceRanking.predict`; `total` is for the progress bar, where `pairs` has no
     length.
     """
+    if not isinstance(instruction, str | None):
+        raise TypeError(f"instruction is {instruction!r}: give one string, for all pairs.")
     if batch_tokens is None:
         batch_tokens = default_batch_tokens(model)
     if batch_tokens < 1:
@@ -155,7 +157,7 @@ def _windows(
     model: QueritForSequenceRanking, pairs: Iterable[Pair], instruction: str | None, max_length: int | None, tokens: int
 ) -> Iterator[list[tuple[Pair, EncodedPair]]]:
     """Pairs with their token ids, in lists of about so many tokens."""
-    pairs, window, size = iter(pairs), [], 0
+    pairs, window, size = map(_checked, pairs, itertools.count()), [], 0
     while some := list(itertools.islice(pairs, _PAIRS_AT_ONCE)):
         queries, documents = [query for query, _ in some], [document for _, document in some]
         encoded = model.processor.encode(queries, documents, instruction, max_length)
@@ -167,6 +169,12 @@ def _windows(
             window, size = [], 0
     if window:
         yield window
+
+
+def _checked(pair: Pair, index: int) -> Pair:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"Pair {index} is {pair!r}: give (query, document) tuples.")
+    return pair
 
 
 class _Window:
@@ -236,7 +244,8 @@ class _Window:
 
     def _padded(self) -> Iterator[tuple[list[int], Tensor]]:
         left = [pair for pair in range(len(self.input_ids)) if pair not in self.done]
-        for batch in plan_batches([len(self.input_ids[pair]) for pair in left], self.batch_tokens):
+        batch_tokens = 1 if rotates_by_length(self.model.model) else self.batch_tokens
+        for batch in plan_batches([len(self.input_ids[pair]) for pair in left], batch_tokens):
             pairs = [left[place] for place in batch]
             inputs = self.model.processor.pad([self.input_ids[pair] for pair in pairs]).to(self.model.device)
             self.tokens, self.pairs = inputs["input_ids"].numel(), len(pairs)

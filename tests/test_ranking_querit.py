@@ -416,3 +416,14 @@ def test_weights_that_cannot_meet_float32_states_do_not(loaded, scores, monkeypa
 def test_default_batch_tokens(models):
     assert ranking_querit.default_batch_tokens(models("qwen3")) == 2048
     assert ranking_querit.default_batch_tokens(models("deepseek_v3")) == 8192
+
+
+@pytest.mark.parametrize("pairs", [[None], ["ab"], [("a", "b"), ("a",)], ("ab", "cd"), [{"query": "a", "text": "b"}]])
+def test_what_is_no_pair_is_named(model, pairs):
+    with pytest.raises(TypeError, match=r"Pair [01] is .*: give \(query, document\) tuples"):
+        model.predict(pairs)
+
+
+def test_a_list_of_instructions_is_refused(model):
+    with pytest.raises(TypeError, match="give one string"):
+        model.predict(tiny.pairs(), ["one"] * len(tiny.pairs()))

@@ -70,7 +70,9 @@ class QueritTrainer(Trainer):
         """The collator for a model: packed where it can be."""
         base = _unwrapped(model)
         # FSDP's own way of repeating layers in the backward pass does not tell them what pack they had.
-        repeats_blindly = isinstance(args.fsdp_config, dict) and args.fsdp_config.get("activation_checkpointing")
+        repeats_blindly = (args.fsdp_config or {}).get("activation_checkpointing") or (
+            args.gradient_checkpointing_kwargs or {}
+        ).get("use_reentrant")
         packing = args.packing and not repeats_blindly and can_pack(base)
         return RankingCollator(base.processor, args.max_length, packing=packing)
 
