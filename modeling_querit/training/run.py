@@ -42,7 +42,9 @@ _LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line or one YAML file says; see `querit train --help`."""
-    train(*parse(argv or []))
+    trainer = train(*parse(argv or []))
+    # Processes that exit while they are still connected to each other may crash.
+    trainer.accelerator.end_training()
 
 
 def train(
