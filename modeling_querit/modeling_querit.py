@@ -24,6 +24,7 @@ from .configuration_querit import QueritConfig
 from .engine_querit import attends_plainly, contexts_of_checkpointing, exclusive, inputs_of, read_pack
 from .folder_querit import write_card_stub, write_folder_files
 from .loss_querit import pairwise_hinge_loss
+from .masks_querit import last_token, prepare_mask
 from .moe_querit import NAME as EXPERTS_IMPLEMENTATION
 from .packing_querit import Pack
 from .processing_querit import QueritProcessor
@@ -255,7 +256,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             last_states = self._read_pack(pack, input_ids, position_ids, others)
         else:
             outputs, is_token = self._decode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-            last_states = _last_token(outputs.last_hidden_state, is_token)
+            last_states = last_token(outputs.last_hidden_state, is_token)
             hidden_states, attentions = outputs.hidden_states, outputs.attentions
         logits = self.score(last_states)
         # p1 - p0 as tanh: the same number, without the cancellation of two nearly equal probabilities.
@@ -282,7 +283,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
     ) -> tuple[Any, torch.Tensor | None]:
         """What the backbone returns, and which positions are tokens, (batch, sequence); None: all."""
         batch_size = len(input_ids if inputs_embeds is None else inputs_embeds)
-        attention_mask, is_token = _prepare_mask(attention_mask, batch_size, self.dtype)
+        attention_mask, is_token = prepare_mask(attention_mask, batch_size, self.dtype)
         if position_ids is None and is_token is not None:
             position_ids = (is_token.cumsum(-1) - 1).clamp(min=0)
         kwargs.setdefault("use_cache", False)
@@ -305,12 +306,15 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
         given = [name for name, value in others.items() if value is not None and value is not False]
         if given or pack.carried:
             raise ValueError(f"A pack goes with nothing but input_ids, not with {(given or ['carried states'])[0]}.")
-        inputs = inputs_of(pack, self.device)
-        for name, ids in (("input_ids", input_ids), ("position_ids", position_ids)):
-            if ids is not None and ids.shape != inputs[name].shape:
+        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+        inputs = {name: ids for name, ids in inputs.items() if ids is not None}
+        for name, ids in inputs.items():
+            if ids.shape != (1, len(pack)):
                 raise ValueError(
                     f"{name} has shape {tuple(ids.shape)}, but the pack has {len(pack)} tokens in one row."
                 )
+        if len(inputs) < 2:
+            inputs = inputs_of(pack, self.device) | inputs
         if not attends_plainly(self.model):
             raise CannotPack("no plain attention")
         if self.training and self._repeats_blindly:
@@ -427,60 +431,6 @@ class QueritForSequenceClassification(QueritForSequenceRanking):
 
     def _public_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return (logits[:, 1:] - logits[:, :1]) / 2
-
-
-def _prepare_mask(
-    attention_mask: torch.Tensor | None, batch_size: int, dtype: torch.dtype
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The mask for the backbone, and (batch, sequence) booleans that tell tokens from padding (None: all tokens)."""
-    if attention_mask is None:
-        return None, None
-    if attention_mask.dim() == 2:
-        return attention_mask, attention_mask.bool()
-    if attention_mask.dim() != 4 or attention_mask.shape[1] != 1:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: give (batch, sequence) or "
-            "(batch, 1, sequence, sequence)."
-        )
-    if not attention_mask.is_floating_point():
-        attention_mask = attention_mask.bool()
-    is_boolean = attention_mask.dtype == torch.bool
-    # Blocked is written as the dtype's minimum, as -inf, -1e9 or -1e4; what is above is a bias.
-    may_attend = attention_mask if is_boolean else attention_mask > -1e3
-    is_biased = not is_boolean and bool((attention_mask[may_attend] != 0).any())
-    may_attend = may_attend.expand(batch_size, -1, -1, -1)
-    is_token = _linked_positions(may_attend[:, 0])
-    causal = torch.ones_like(may_attend[0, 0]).tril()
-    plain = is_token[:, :, None] & is_token[:, None, :] & causal
-    # Causal attention over the tokens, as the reference wrapper writes it, is what a 2-D mask says: with that the
-    # backbone builds its own masks (sliding windows too) and its fastest kernels stay available.
-    if not is_biased and torch.equal(may_attend[:, 0] & is_token[:, :, None], plain):
-        return is_token.long(), is_token
-    if is_boolean:
-        blocked = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
-        attention_mask = blocked.masked_fill(~attention_mask, torch.finfo(dtype).min)
-    return attention_mask, is_token
-
-
-def _linked_positions(may_attend: torch.Tensor) -> torch.Tensor:
-    """(batch, sequence): positions that see themselves and that see, or are seen by, another one.
-
-    Padding sometimes sees itself, lest its row of the softmax be empty; nothing else has to do with it.
-    """
-    itself = may_attend.diagonal(dim1=-2, dim2=-1)
-    others = may_attend & ~torch.eye(may_attend.shape[-1], dtype=torch.bool, device=may_attend.device)
-    linked = itself & (others.any(-1) | others.any(-2))
-    # A text of one token is linked to nothing.
-    return torch.where(linked.any(-1, keepdim=True), linked, itself)
-
-
-def _last_token(hidden_states: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
-    """(batch, hidden): the state at the last token of each row, whichever side the padding is on."""
-    if is_token is None:
-        return hidden_states[:, -1]
-    positions = torch.arange(is_token.shape[1], device=is_token.device)
-    last = torch.where(is_token, positions, 0).argmax(-1).to(hidden_states.device)
-    return hidden_states[torch.arange(len(last), device=hidden_states.device), last]
 
 
 def _sparing_the_head(quantization_config: Any) -> Any:

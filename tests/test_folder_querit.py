@@ -28,6 +28,7 @@ FILES = {
     "engine_querit.py",
     "folder_querit.py",
     "loss_querit.py",
+    "masks_querit.py",
     "model.safetensors",
     "modeling_querit.py",
     "modules.json",
