@@ -71,7 +71,7 @@ def make_rows(processor: QueritProcessor, args: argparse.Namespace) -> list[Row]
 def train_ours(folder: Path, rows: list[Row], args: argparse.Namespace, clock: Clock, output: str) -> Any:
     """A trainer of ours."""
     from modeling_querit.training.arguments import QueritTrainingArguments
-    from modeling_querit.training.data import RankingDataset
+    from modeling_querit.training.dataset import RankingDataset
     from modeling_querit.training.trainer import QueritTrainer
 
     model = QueritForSequenceRanking.from_pretrained(folder, dtype=torch.float32)

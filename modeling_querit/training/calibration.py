@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import write_json
+
 METHODS = ("quantile", "sigmoid", "rank", "none")
 # Of "quantile": the shares of scores that are clipped at either end; single outliers must not set the scale.
 _CLIPPED = 0.01
@@ -144,11 +146,7 @@ class Teachers:
     def save(self, path: str | os.PathLike) -> None:
         """Write them as JSON."""
         found = {name: {"weight": self.weights[name], **asdict(each)} for name, each in self.calibrations.items()}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".part")
-        aside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_json(found, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Teachers:

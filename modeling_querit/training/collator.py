@@ -10,7 +10,7 @@ import torch
 from ..engine_querit import inputs_of
 from ..packing_querit import plan_packs
 from ..processing_querit import QueritProcessor
-from .data import Row
+from .rows import Row
 
 
 class RankingCollator:

@@ -12,7 +12,7 @@ import torch
 from .arguments import QueritTrainingArguments
 from .calibration import Teachers
 from .collator import RankingCollator
-from .data import Row
+from .rows import Row
 from .trainer import QueritTrainer
 
 # Rows of a stream by which teachers are calibrated.

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..retrieval.bm25 import BM25
 from ..retrieval.collection import Collection
-from .data import Row
+from .rows import Row
 
 Item = TypeVar("Item")
 

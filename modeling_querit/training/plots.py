@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..files import replacing
+
 PLOT_FILE = "training.png"
 # Title of a panel, and the keys it shows: those that begin so.
 _PANELS = {
@@ -42,10 +44,8 @@ def draw_run(history: Sequence[dict[str, Any]], path: str | Path) -> bool:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     axes.set_xlabel("step")
-    path = Path(path)
-    aside = path.with_name(f"{path.name}.part")
-    figure.savefig(aside, format="png", dpi=120)
-    aside.replace(path)
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
     return True
 
 

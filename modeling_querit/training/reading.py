@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .data import Row, check_row
+from .rows import Row, check_row
 
 _SHOWN = 2000
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..files import sha256
 from .settings import changed_settings
 
 RECORD_FILE = "train.json"
@@ -23,22 +23,9 @@ _PACKAGES = (
 )
 # What may differ between a run and its continuation: where it is, how it looks, when it stops.
 _FREE = {
-    "resume",
-    "validation",
-    "early_stopping_patience",
-    "stop_when_ill",
-    "report_to",
-    "logging_steps",
-    "disable_tqdm",
-}
-_FREE |= {
-    "max_steps",
-    "num_train_epochs",
-    "save_steps",
-    "save_total_limit",
-    "eval_steps",
-    "resume_from_checkpoint",
-    "dataloader_num_workers",
+    *("resume", "resume_from_checkpoint", "validation", "early_stopping_patience", "stop_on_collapse"),
+    *("report_to", "logging_steps", "disable_tqdm", "dataloader_num_workers"),
+    *("max_steps", "num_train_epochs", "save_steps", "save_total_limit", "eval_steps"),
 }
 
 
@@ -47,18 +34,14 @@ def make_record(settings: Sequence[Any], files: Iterable[Path]) -> dict[str, Any
     return {
         "settings": {name: value for part in settings for name, value in changed_settings(part).items()},
         "resolved": {type(part).__name__: _resolved(part) for part in settings},
-        "versions": {package: _version(package) for package in _PACKAGES},
-        "git_revision": _git_revision(),
+        **environment(),
         "sha256": {str(path): sha256(path) for path in files},
     }
 
 
-def write_record(record: dict[str, Any], output_dir: Path) -> None:
-    """Write `train.json`, aside first."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    aside = output_dir / f"{RECORD_FILE}.part"
-    aside.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    aside.replace(output_dir / RECORD_FILE)
+def environment() -> dict[str, Any]:
+    """Versions of packages, and the git revision."""
+    return {"versions": {package: _version(package) for package in _PACKAGES}, "git_revision": _git_revision()}
 
 
 def check_same_run(record: dict[str, Any], output_dir: Path) -> None:
@@ -68,8 +51,8 @@ def check_same_run(record: dict[str, Any], output_dir: Path) -> None:
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(record, default=str))
-    for name in sorted(set(before["settings"]) | set(now["settings"]) - _FREE):
-        if name not in _FREE and before["settings"].get(name) != now["settings"].get(name):
+    for name in sorted((before["settings"].keys() | now["settings"].keys()) - _FREE):
+        if before["settings"].get(name) != now["settings"].get(name):
             raise ValueError(
                 f"{output_dir} was begun with {name} {before['settings'].get(name)!r}, not "
                 f"{now['settings'].get(name)!r}: a run goes on as it began. Give the same, or another output_dir."
@@ -100,12 +83,6 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError, SafetensorError):
         return False
     return True
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _resolved(arguments: Any) -> dict[str, Any]:

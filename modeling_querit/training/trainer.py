@@ -15,7 +15,7 @@ from ..evaluation.metrics import ranking_metrics
 from ..modeling_querit import QueritForSequenceRanking
 from .arguments import QueritTrainingArguments
 from .collator import RankingCollator
-from .data import RankingDataset
+from .dataset import RankingDataset
 from .losses import choose_losses, count_items
 
 # Beyond it a score has next to no gradient: 1 - 0.99^2 = 0.02 of that at zero.
@@ -61,9 +61,9 @@ class QueritTrainer(Trainer):
         settings = {name: getattr(args, name) for name in ("margin_scale", "emphasis", "temperature")}
         self.losses = choose_losses(args.losses, **settings)
         self.loss_weights = args.loss_weights or [1.0] * len(self.losses)
-        self._logged_step = 0
         # Sums since the last log: spreads, queries, saturated scores, scores, then each loss.
         self._sums: Tensor | None = None
+        self._summed_from = 0
 
     @staticmethod
     def make_collator(model: torch.nn.Module, args: QueritTrainingArguments) -> RankingCollator:
@@ -149,7 +149,9 @@ class QueritTrainer(Trainer):
         spreads = [scores[query_ids == query_id].std(correction=0) for query_id in query_ids.unique()]
         sums = [sum(spreads), len(spreads), (scores.abs() > SATURATED).sum(), len(scores), *losses]
         sums = torch.stack([torch.as_tensor(each, dtype=torch.float64, device="cpu") for each in sums])
-        self._sums = sums if self._sums is None else self._sums + sums
+        if self._sums is None:
+            self._sums, self._summed_from = torch.zeros_like(sums), self.state.global_step
+        self._sums += sums
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """What the Trainer logs, and of training how the scores spread and, of several losses, each."""
@@ -160,9 +162,8 @@ class QueritTrainer(Trainer):
             spread, queries, saturated, scores, *losses = sums.tolist()
             logs = logs | {"score_spread": spread / queries, "score_saturated": saturated / scores}
             if len(losses) > 1:
-                steps = (self.state.global_step - self._logged_step) * self.args.world_size
+                steps = (self.state.global_step - self._summed_from) * self.args.world_size
                 logs |= {f"loss_{name}": loss / steps for name, loss in zip(self.losses, losses, strict=True)}
-            self._logged_step = self.state.global_step
             for callback in self.callback_handler.callbacks:
                 # Here, not in their on_log: those that write logs somewhere were added before them.
                 logs |= callback.figures() if hasattr(callback, "figures") else {}

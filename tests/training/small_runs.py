@@ -3,7 +3,7 @@
 from transformers import TrainerCallback
 
 from modeling_querit.training.arguments import QueritTrainingArguments
-from modeling_querit.training.data import RankingDataset
+from modeling_querit.training.dataset import RankingDataset
 from modeling_querit.training.trainer import QueritTrainer
 
 ROWS = [

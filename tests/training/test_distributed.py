@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_querit.training.data import write_rows
+from modeling_querit.files import write_jsonl
 
 # Lists of different lengths, so that the mean of two processes' means would be another loss.
 ROWS = [
@@ -45,7 +45,7 @@ LAYERS = {"qwen3": "Qwen3DecoderLayer", "deepseek_v3": "DeepseekV3DecoderLayer"}
 @pytest.fixture
 def rows(tmp_path):
     pytest.importorskip("peft")
-    write_rows(ROWS, tmp_path / "rows.jsonl")
+    write_jsonl(ROWS, tmp_path / "rows.jsonl")
     return tmp_path / "rows.jsonl"
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_querit.retrieval.collection import Collection
-from modeling_querit.training.data import RankingDataset
+from modeling_querit.training.dataset import RankingDataset
 from modeling_querit.training.mining import Bands, judged_rows, mine_rows
 
 ANIMALS = ["fox", "hen", "cow", "dog", "cat", "owl"]

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from modeling_querit.training.data import write_rows
+from modeling_querit.files import write_jsonl
 from modeling_querit.training.reading import Rejects, read_rows
 
 ROWS = [
@@ -25,7 +25,7 @@ def test_broken_rows_are_set_aside_with_line_and_reason(tmp_path):
 
 
 def test_without_broken_rows_there_is_no_file(tmp_path):
-    write_rows(ROWS, tmp_path / "rows.jsonl")
+    write_jsonl(ROWS, tmp_path / "rows.jsonl")
     (tmp_path / "rejects.jsonl").write_text("of a run before")
     with Rejects(tmp_path / "rejects.jsonl") as rejects:
         assert list(read_rows(tmp_path / "rows.jsonl", rejects)) == ROWS

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from modeling_querit.files import write_jsonl
 from modeling_querit.training import run as training_run
-from modeling_querit.training.data import write_rows
 from modeling_querit.training.record import newest_checkpoint
 
 STEPS = 8
@@ -59,8 +59,10 @@ def train(arguments, step, event):
 
 
 def launch(arguments, step=None, event=None):
-    """The exit code of a run in a process of its own: forked, since a fresh one takes seconds to import torch."""
-    process = multiprocessing.get_context("fork").Process(target=train, args=(arguments, step, event))
+    """The exit code of a run in a process of its own, forked from one that has imported everything and done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["modeling_querit.training.run"])
+    process = context.Process(target=train, args=(arguments, step, event))
     process.start()
     process.join(120)
     return process.exitcode
@@ -68,7 +70,7 @@ def launch(arguments, step=None, event=None):
 
 @pytest.fixture
 def arguments(saved_folder, tmp_path):
-    write_rows(ROWS, tmp_path / "rows.jsonl")
+    write_jsonl(ROWS, tmp_path / "rows.jsonl")
 
     def make(name, *more):
         settings = {
@@ -126,6 +128,6 @@ def test_a_run_is_not_overwritten_by_another(arguments, tmp_path):
         training_run.main(arguments("run"))
     with pytest.raises(ValueError, match=r"was begun with learning_rate 0\.01, not 0\.5"):
         training_run.main(arguments("run", "--resume", "True", "--learning_rate", "0.5"))
-    write_rows(ROWS[1:], tmp_path / "rows.jsonl")
+    write_jsonl(ROWS[1:], tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match=r"rows\.jsonl has changed"):
         training_run.main(arguments("run", "--resume", "True"))

@@ -2,8 +2,10 @@ import json
 
 import pytest
 
-from modeling_querit.training.data import RankingDataset, check_row, write_rows
+from modeling_querit.files import write_jsonl
+from modeling_querit.training.dataset import RankingDataset
 from modeling_querit.training.reading import read_rows
+from modeling_querit.training.rows import check_row
 
 ROWS = [
     {"query": "who wrote it", "documents": ["lee", {"title": "A", "text": "book"}], "labels": [1, 0.5]},
@@ -12,7 +14,7 @@ ROWS = [
 
 
 def test_rows_round_trip(tmp_path):
-    write_rows(ROWS, tmp_path / "new" / "rows.jsonl")
+    write_jsonl(ROWS, tmp_path / "new" / "rows.jsonl")
     assert list(read_rows(tmp_path / "new" / "rows.jsonl")) == ROWS
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["rows.jsonl"]
     dataset = RankingDataset.from_jsonl(tmp_path / "new" / "rows.jsonl")

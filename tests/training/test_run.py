@@ -4,7 +4,7 @@ import json
 import pytest
 
 from modeling_querit import QueritForSequenceRanking
-from modeling_querit.training.data import write_rows
+from modeling_querit.files import write_jsonl
 from modeling_querit.training.reading import read_rows
 from modeling_querit.training.run import main, train
 from modeling_querit.training.settings import parse
@@ -30,7 +30,7 @@ QUICK = [
 
 @pytest.fixture
 def rows(tmp_path):
-    write_rows(ROWS, tmp_path / "rows.jsonl")
+    write_jsonl(ROWS, tmp_path / "rows.jsonl")
     return str(tmp_path / "rows.jsonl")
 
 
@@ -132,7 +132,7 @@ def test_nothing_to_train_on(tmp_path):
     ],
 )
 def test_labels_that_a_loss_cannot_take(saved_folder, tmp_path, labels, loss, message):
-    write_rows([{"query": "a", "documents": ["b", "c"], "labels": labels}], tmp_path / "rows.jsonl")
+    write_jsonl([{"query": "a", "documents": ["b", "c"], "labels": labels}], tmp_path / "rows.jsonl")
     common = [
         "--model",
         str(saved_folder),
@@ -185,7 +185,7 @@ def test_teacher_scores_are_distilled(saved_folder, tmp_path):
     scores = [
         {"query": row["query"], "documents": row["documents"], "scores": {"a": [9, 1], "b": [0.1, 0.9]}} for row in ROWS
     ]
-    write_rows(scores, tmp_path / "rows.jsonl")
+    write_jsonl(scores, tmp_path / "rows.jsonl")
     out = tmp_path / "out"
     settings = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.jsonl"), "--output_dir", str(out), *QUICK]
     trainer = train(*parse([*settings, "--teacher_weights", '{"a": 3, "b": 1}']))
@@ -220,7 +220,7 @@ def test_streaming(saved_folder, rows, tmp_path):
 
 def test_documents_of_rows_are_drawn_by_bands(saved_folder, tmp_path):
     row = {"query": "a", "documents": [f"d{n}" for n in range(20)], "labels": [0] * 10 + [1] + [0] * 9}
-    write_rows([row], tmp_path / "rows.jsonl")
+    write_jsonl([row], tmp_path / "rows.jsonl")
     out = tmp_path / "out"
     common = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.jsonl"), "--output_dir", str(out), *QUICK]
     main([*common, "--sample_rows", "True", "--top", "2", "--top_depth", "4", "--middle", "1", "--depth", "8"])

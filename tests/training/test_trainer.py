@@ -6,7 +6,7 @@ import torch
 from small_runs import ROWS, UNEVEN, Gradients, make_args, make_trainer
 from tiny import make_model
 
-from modeling_querit.training.data import RankingDataset
+from modeling_querit.training.dataset import RankingDataset
 
 
 def gradients(model, output_dir, rows=UNEVEN, **settings):
@@ -242,3 +242,39 @@ def test_the_best_checkpoint_comes_back_whole(model, tmp_path):
     trainer._load_best_model()
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, trained[name]), name
+
+
+def test_queries_of_similar_length_are_put_together(model, tmp_path):
+    rows = [{"query": "q", "documents": ["x" * n], "labels": [1]} for n in range(1, 101)]
+    trainer = make_trainer(
+        model, tmp_path, rows, train_sampling_strategy="group_by_length", per_device_train_batch_size=4
+    )
+    sampler = trainer._get_train_sampler()
+    first = list(sampler)
+    assert sorted(first) == list(range(100))
+    spans = [max(batch) - min(batch) for batch in (first[start : start + 4] for start in range(0, 100, 4))]
+    # Of four drawn at random, half would be further apart than 60.
+    assert sorted(spans)[12] < 25
+    assert list(sampler) == first
+    trainer.state.epoch = 1.0
+    assert list(sampler) != first
+
+
+def test_a_resumed_run_logs_the_same_losses(model, tmp_path):
+    settings = {
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "losses": ["pairwise_hinge", "listwise_kl"],
+        "per_device_train_batch_size": 2,
+        "train_sampling_strategy": "group_by_length",
+    }
+    logs = []
+    for resumed in (None, str(tmp_path / "checkpoint-2")):
+        trainer = make_trainer(copy.deepcopy(model), tmp_path, UNEVEN, **settings)
+        trainer.train(resume_from_checkpoint=resumed)
+        logs.append([log for log in trainer.state.log_history if "loss" in log and log["step"] > 2])
+    for once, again in zip(*logs, strict=True):
+        assert {"loss_pairwise_hinge", "loss_listwise_kl", "score_spread"} <= once.keys()
+        assert again == pytest.approx(once, rel=1e-5)

@@ -1,0 +1,67 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A path to write to, beside `path`, whose place it takes once the block has ended without an error.
+
+    Raises:
+        OSError: if the disk is full; what was there before is still there.
+
+    Example:
+        ```python
+        >>> with replacing("figures.json") as aside:
+        ...     aside.write_text("{}")
+        ```
+    """
+    path = Path(path)
+    # Processes that compute the same do not write to the same file.
+    rank = os.environ.get("RANK", "")
+    aside = path.with_name(f"{path.name}{rank and '.'}{rank}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OSError(
+                error.errno,
+                f"The disk is full: {path} could not be written. What was written before is whole; make room, and "
+                "give the same command again.",
+            ) from error
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(value: Any, path: str | os.PathLike) -> None:
+    """Write a value as JSON, indented."""
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def write_jsonl(rows: Iterable[Any], path: str | os.PathLike) -> None:
+    """Write values as JSON, one a line."""
+    with replacing(path) as aside, aside.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
