@@ -19,33 +19,21 @@ from rich.console import Console
 from rich.table import Table
 
 from modeling_querit.checkpoints.loading import load_model
+from modeling_querit.evaluation.comparison import Candidates, by_score, first_stage_candidates, judged_queries
 from modeling_querit.evaluation.metrics import mean, ndcg
+from modeling_querit.files import write_jsonl
 from modeling_querit.retrieval.bm25 import BM25
 from modeling_querit.retrieval.collection import Collection
 from modeling_querit.training.calibration import Teachers
-from modeling_querit.training.data import Row, write_rows
 from modeling_querit.training.mining import Bands
+from modeling_querit.training.rows import Row
 from modeling_querit.training.run import main as train
+from modeling_querit.training.sources import sample_documents
 
 BM25_NAME = "bm25"
 
 
-def candidates_of(collection: Collection, queries: Sequence[str], depth: int) -> dict[str, dict[str, float]]:
-    """Of each query its best `depth` documents with BM25's scores; all that a collection lists, where it lists some."""
-    retriever = BM25(collection.documents)
-    texts = [collection.queries[query] for query in queries]
-    if not collection.candidates:
-        return {query: dict(hits) for query, hits in zip(queries, retriever.search(texts, depth), strict=True)}
-    everything = retriever.search(texts, len(collection.documents))
-    return {
-        query: {document: score for document, score in hits if document in set(collection.candidates[query])}
-        for query, hits in zip(queries, everything, strict=True)
-    }
-
-
-def teach(
-    collection: Collection, candidates: Mapping[str, Mapping[str, float]], teachers: Mapping[str, Any], max_length: int
-) -> list[Row]:
+def teach(collection: Collection, candidates: Candidates, teachers: Mapping[str, Any], max_length: int) -> list[Row]:
     """Rows with the scores of BM25, which found the candidates, and of rerankers."""
     rows = []
     for number, (query, hits) in enumerate(candidates.items(), start=1):
@@ -63,19 +51,12 @@ def teach(
 
 def drawn(rows: Sequence[Row], bands: Bands, seed: int) -> list[Row]:
     """The rows with some of their documents."""
-    from modeling_querit.training.sources import sample_documents
-
     return [sample_documents(row, bands, random.Random(f"{seed}/{row['source']}")) for row in rows]
 
 
 def judge(collection: Collection, rankings: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, float]:
     """nDCG@10 of each ranking."""
     return {name: mean(ndcg(collection.qrels, ranking)) for name, ranking in rankings.items()}
-
-
-def order(documents: Sequence[str], scores: Sequence[float]) -> list[str]:
-    """Documents by score, best first."""
-    return [documents[place] for place in sorted(range(len(documents)), key=lambda place: -scores[place])]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -104,17 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     folder, _, split = args.data.partition(":")
     collection = Collection.load(folder, split or "test")
-    queries = sorted(query for query, grades in collection.qrels.items() if max(grades.values()) > 0)
+    queries = judged_queries(collection)
     random.Random(args.seed).shuffle(queries)
     held_out = queries[: round(args.held_out * len(queries))]
-    candidates = candidates_of(collection, queries, args.depth)
+    candidates = first_stage_candidates(collection, BM25(collection.documents), queries, args.depth)
     teachers = {Path(name).name: load_model(name) for name in args.teacher}
     rows = {row["source"]: row for row in teach(collection, candidates, teachers, args.max_length)}
 
     taught = [rows[query] for query in queries[len(held_out) :]]
     third = args.documents // 3
     bands = Bands(top=args.documents - 2 * third, middle=third, random=third, top_depth=5, depth=12)
-    write_rows(drawn(taught, bands, args.seed), args.output_dir / "taught.jsonl")
+    write_jsonl(drawn(taught, bands, args.seed), args.output_dir / "taught.jsonl")
     weights = args.weights or dict.fromkeys([BM25_NAME, *teachers], 1.0)
     settings = ["--model", args.student, "--train", str(args.output_dir / "taught.jsonl")]
     settings += ["--teacher_weights", json.dumps(weights), "--max_length", str(args.max_length)]
@@ -128,14 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for query in held_out:
         documents, row = list(candidates[query]), rows[query]
         rankings[BM25_NAME][query] = documents
-        rankings["teacher"][query] = order(documents, calibrated.labels(row["scores"]))
+        rankings["teacher"][query] = by_score(documents, calibrated.labels(row["scores"]))
         grades = collection.qrels[query]
-        rankings["best order"][query] = order(documents, [grades.get(document, 0) for document in documents])
+        rankings["best order"][query] = by_score(documents, [grades.get(document, 0) for document in documents])
         pairs = [(row["query"], document) for document in row["documents"]]
         for name, model in students.items():
             if model is not None:
                 scores = model.predict(pairs, max_length=args.max_length, show_progress_bar=False).tolist()
-                rankings[name][query] = order(documents, scores)
+                rankings[name][query] = by_score(documents, scores)
     report(judge(collection, rankings), args, len(held_out), len(taught))
 
 

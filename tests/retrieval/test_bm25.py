@@ -54,3 +54,20 @@ def test_nothing_to_search():
     assert BM25(DOCUMENTS).search([], k=3) == []
     with pytest.raises(ValueError, match="no documents"):
         BM25({})
+
+
+@pytest.mark.parametrize("query", ["the blue sea", "fox 日本の首都", "zebra", "", "fox fox zebra"])
+def test_scores_are_those_of_the_search(query):
+    index = BM25(DOCUMENTS)
+    (hits,) = index.search([query], k=4)
+    assert index.scores(query, [document for document, _ in hits]) == pytest.approx([score for _, score in hits])
+    # In the order asked for, as often as asked for.
+    scores = dict(hits)
+    assert index.scores(query, ["sea", "fox", "sea"]) == pytest.approx([scores["sea"], scores["fox"], scores["sea"]])
+    assert index.scores(query, []) == []
+
+
+def test_documents_without_a_word():
+    index = BM25({"a": {"title": None, "text": ""}, "b": {"text": "!?"}})
+    assert index.search(["fox"], k=1) == [[("a", 0.0)]]
+    assert index.scores("fox", ["b"]) == [0.0]

