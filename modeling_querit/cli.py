@@ -1,4 +1,4 @@
-"""The command line: `querit rerank`, `querit train`, `querit convert`."""
+"""The command line: `querit rerank`, `querit train`, `querit adapt`, `querit convert`."""
 
 from __future__ import annotations
 
@@ -69,6 +69,27 @@ def train(context: typer.Context) -> None:
     from .training.run import main as run_training
 
     run_training(context.args)
+
+
+@app.command()
+def adapt(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings, a section for each stage.")],
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help="corpus, queries, candidates, teachers, train or report; may be repeated. All by default."),
+    ] = None,
+) -> None:
+    """Adapt a reranker to documents without labels: queries are written, teachers score, the model learns from them.
+
+    What has been done is not done again: the same command goes on after whatever ended a run.
+    """
+    from .adaptation.pipeline import STAGES, Adaptation
+    from .adaptation.settings import AdaptSettings
+
+    _quiet()
+    adaptation = Adaptation(AdaptSettings.load(config), echo=lambda line: typer.echo(line, err=True))
+    adaptation.run(stage or STAGES)
+    adaptation.processes.end()
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Label-free adaptation: queries for documents, candidates, teachers' scores, training; `querit adapt`."""

@@ -1,0 +1,169 @@
+"""Requests to model servers: many at once, repeated with back-off, no faster than allowed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+import httpx
+from pyrate_limiter import Duration, Limiter, Rate
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+Answer = TypeVar("Answer")
+Item = TypeVar("Item")
+
+# Too many requests, timeouts, and servers in trouble: the same request may succeed later.
+_TRY_AGAIN = {408, 409, 425, 429}
+_LONGEST_WAIT = 60.0
+
+
+class Unavailable(RuntimeError):
+    """A server that could not be reached, or answered with an error that may pass."""
+
+    def __init__(self, message: str, wait: float | None = None):
+        super().__init__(message)
+        self.wait = wait
+
+
+class Malformed(RuntimeError):
+    """An answer that is cut off, or not of the form it has to be."""
+
+
+class Endpoint:
+    """One route of a server that takes and returns JSON.
+
+    Requests that fail for reasons that may pass (no connection, timeouts, status 408, 409, 425, 429 and 5xx, answers
+    that are cut off or malformed) are repeated, after waits that double, or as long as `Retry-After` says. Others,
+    such as 401, end the run at once.
+
+    Args:
+        url: Of the route.
+        concurrency: Requests under way at once.
+        requests_per_minute: At most; None: no limit.
+        attempts: How often a request is made before it is given up.
+        timeout: Seconds until an answer has to be there.
+        api_key_variable: The environment variable that holds the key, such as `OPENAI_API_KEY`; without a name, none is
+            sent, so that no key goes to a server that it is not for.
+        backoff: Seconds of the first wait, at most; waits are drawn.
+
+    Raises:
+        ValueError: if the url has no scheme, a number is below 1, or there is no key.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        concurrency: int = 8,
+        requests_per_minute: int | None = None,
+        attempts: int = 6,
+        timeout: float = 120.0,
+        api_key_variable: str | None = None,
+        backoff: float = 1.0,
+    ):
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url is {url!r}: it begins with http:// or https://.")
+        numbers = {"concurrency": concurrency, "attempts": attempts, "requests_per_minute": requests_per_minute}
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: at least 1.")
+        self.url, self.concurrency, self._timeout = url, concurrency, timeout
+        #: How often a request was repeated, by what was wrong.
+        self.repeated: Counter[str] = Counter()
+        key = _key_of(api_key_variable)
+        self._client = httpx.Client(
+            timeout=timeout,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=concurrency),
+        )
+        self._limiter = Limiter(Rate(requests_per_minute, Duration.MINUTE)) if requests_per_minute else None
+        doubling = wait_random_exponential(multiplier=backoff, max=_LONGEST_WAIT)
+        self._retrying = Retrying(
+            retry=retry_if_exception_type((Unavailable, Malformed)),
+            stop=stop_after_attempt(attempts),
+            wait=lambda state: doubling(state) if (asked := _asked_for(state)) is None else asked,
+            before_sleep=self._count,
+            reraise=True,
+        )
+
+    def ask(self, payload: dict[str, Any], parse: Callable[[Any], Answer]) -> Answer:
+        """Send a request, and return what `parse` makes of its answer; it raises `Malformed` if it cannot.
+
+        Raises:
+            Unavailable, Malformed: if that is how the last attempt ended.
+            ValueError: if the server refuses the request; repeating it would not help.
+        """
+        return self._retrying.copy()(self._ask, payload, parse)
+
+    def map(self, function: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
+        """What a function that asks returns for each item, in order, so many at once as the server may get."""
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            futures = [pool.submit(function, item) for item in items]
+            # One request that is refused ends the run: those that were not sent stay unsent.
+            done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in waiting:
+                future.cancel()
+            for future in done:
+                future.result()
+            return [future.result() for future in futures]
+
+    def _ask(self, payload: dict[str, Any], parse: Callable[[Any], Answer]) -> Answer:
+        if self._limiter is not None:
+            self._limiter.try_acquire(self.url)
+        try:
+            response = self._post(payload)
+        except httpx.TimeoutException as error:
+            raise Unavailable(f"{self.url} did not answer in time ({type(error).__name__}).") from None
+        except httpx.HTTPError as error:
+            raise Unavailable(f"{self.url} could not be reached: {error}") from None
+        if response.status_code in _TRY_AGAIN or response.status_code >= 500:
+            message = f"{self.url} answered {response.status_code}: {response.text[:200]}"
+            raise Unavailable(message, _retry_after(response))
+        if response.status_code != 200:
+            raise ValueError(f"{self.url} answered {response.status_code}: {response.text[:200]}")
+        try:
+            answer = response.json()
+        except (ValueError, RecursionError) as error:
+            raise Malformed(f"{self.url} answered what is no JSON: {error}") from None
+        try:
+            return parse(answer)
+        except (LookupError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
+            raise Malformed(f"{self.url} answered something else than it should: {error!r}") from None
+
+    def _post(self, payload: dict[str, Any]) -> httpx.Response:
+        # httpx's own timeout is that of each piece of an answer.
+        deadline = time.monotonic() + self._timeout
+        pieces = []
+        with self._client.stream("POST", self.url, json=payload) as response:
+            for piece in response.iter_raw():
+                pieces.append(piece)
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the answer took too long")
+        return httpx.Response(response.status_code, headers=response.headers, content=b"".join(pieces))
+
+    def _count(self, state: RetryCallState) -> None:
+        self.repeated[type(state.outcome.exception()).__name__.lower()] += 1
+
+
+def _key_of(variable: str | None) -> str | None:
+    if variable is not None and not os.environ.get(variable):
+        raise ValueError(f"api_key_variable is {variable!r}, but there is no such variable: set it, or leave it out.")
+    return os.environ[variable] if variable else None
+
+
+def _asked_for(state: RetryCallState) -> float | None:
+    """The seconds that the server asked to wait."""
+    return getattr(state.outcome.exception(), "wait", None)
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    value = response.headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        return None
+    return min(seconds, _LONGEST_WAIT) if seconds >= 0 else None

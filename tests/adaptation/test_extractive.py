@@ -1,0 +1,163 @@
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_adaptations import make_documents
+
+from modeling_querit.adaptation.extractive import ExtractiveGenerator, sentences
+from modeling_querit.adaptation.prompts import STYLES, Request
+
+FAUST = {
+    "_id": "faust",
+    "title": "Faust",
+    "text": "Goethe wrote a tragedy in two parts. Faust sells his soul to the devil. Gretchen dies in the dungeon.",
+}
+OTHERS = [
+    {"_id": "devil", "title": "", "text": "The devil wrote letters in the night. His soul is black in parts."},
+    {"_id": "house", "title": "House", "text": "A house in two parts. A dungeon is in the house."},
+]
+ANY_TEXT = st.text(st.characters()) | st.text("a .。!？\n\u0e01\u0628\ud800\x00", max_size=60)
+
+
+def ask(document, *styles, others=OTHERS, seed=0):
+    generator = ExtractiveGenerator([document, *others], seed)
+    return generator.generate([Request(document, style, "en") for style in styles])
+
+
+def document_of(text, title=""):
+    return {"_id": "x", "title": title, "text": text}
+
+
+# -- Sentences
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Dr. Faust sold his soul. Goethe wrote it down.", ["Dr. Faust sold his soul.", "Goethe wrote it down."]),
+        ("Is it the fox? It is the fox! No.", ["Is it the fox?", "It is the fox!", "No."]),
+        ("It grew by 3.5 percent a year.", ["It grew by 3.5 percent a year."]),
+        ("no sentence at all", ["no sentence at all"]),
+        ("", [""]),
+        ("...", ["..."]),
+        ("知らない人が書いた本を読みました", ["知らない人が書いた本を読みました"]),
+        ("知らない人が書いた本を読みました。", ["知らない人が書いた本を読みました。"]),
+        (
+            "知らない人が書いた本を読みました。とても面白い本だったと思います。",
+            ["知らない人が書いた本を読みました。", "とても面白い本だったと思います。"],
+        ),
+        ("هل هذا هو الكتاب الجديد؟ نعم هذا هو الكتاب.", ["هل هذا هو الكتاب الجديد؟", "نعم هذا هو الكتاب."]),
+        ("यह एक बहुत अच्छी किताब है। वह एक घर है।", ["यह एक बहुत अच्छी किताब है।", "वह एक घर है।"]),
+    ],
+)
+def test_sentences(text, expected):
+    assert sentences(text) == expected
+
+
+@given(ANY_TEXT)
+def test_sentences_are_the_text(text):
+    found = sentences(text)
+    assert "".join("".join(found).split()) == "".join(text.split())
+    assert all(found) or not text.strip()
+
+
+# -- Queries
+
+
+def test_styles():
+    assert ask(FAUST, "title", "question", "keywords") == [
+        "Faust",
+        "Goethe wrote a tragedy in two parts.",
+        "faust goethe sells gretchen dies",
+    ]
+
+
+def test_without_a_title_there_is_the_first_sentence():
+    assert ask(FAUST | {"title": ""}, "title") == ["Goethe wrote a tragedy in two parts."]
+
+
+def test_a_claim_is_any_sentence_but_the_first():
+    found = {ask(FAUST, "claim", seed=seed)[0] for seed in range(20)}
+    assert found == {"Faust sells his soul to the devil.", "Gretchen dies in the dungeon."}
+    assert ask(document_of("Only one sentence."), "claim") == ["Only one sentence."]
+
+
+def test_a_claim_is_part_of_a_long_sentence():
+    words = [f"w{n}" for n in range(40)]
+    found = {ask(document_of(" ".join(words)), "claim", seed=seed)[0] for seed in range(10)}
+    assert len(found) > 1
+    for claim in found:
+        assert len(claim.split()) == 12
+        assert claim in " ".join(words)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "知らない人が書いた本を読みました。",
+        "知らない人が書いた本を読みました。とても面白い本だったと思います。",
+        "如何删除软件包及其所有的配置文件？",
+        "การลบแพ็กเกจพร้อมการตั้งค่า",
+        "كيف أزيل حزمة مع كل إعداداتها؟",
+        "x",
+    ],
+)
+def test_claims_are_never_empty(text):
+    for seed in range(10):
+        (claim,) = ask(document_of(text), "claim", seed=seed)
+        assert claim
+        assert claim in text
+
+
+def test_keywords_are_what_other_documents_lack():
+    (found,) = ask(document_of("aa bb cc dd ee ff gg hh"), "keywords", others=[document_of("aa bb cc")] * 5)
+    assert found == "dd ee ff gg hh"
+
+
+def test_numbers_and_single_letters_are_no_keywords():
+    assert ask(document_of("a 12 345 fox"), "keywords") == ["fox"]
+    assert ask(document_of("1 2 3"), "keywords") == [""]
+
+
+@given(st.lists(st.tuples(ANY_TEXT, ANY_TEXT), min_size=1, max_size=4))
+def test_any_document_has_queries(texts):
+    documents = [{"_id": str(n), "title": title, "text": text} for n, (title, text) in enumerate(texts)]
+    generator = ExtractiveGenerator(documents)
+    requests = [Request(document, style, "und") for document in documents for style in STYLES]
+    found = generator.generate(requests)
+    assert len(found) == len(requests)
+    assert all(isinstance(query, str) for query in found)
+
+
+def test_a_large_document():
+    document = document_of("fox hen " * 130_000)
+    assert ask(document, "keywords") == ["fox hen"]
+    assert ask(document, "claim")[0] in (("fox hen " * 6).strip(), ("hen fox " * 6).strip())
+
+
+def test_draws_depend_on_the_document_and_nothing_else():
+    documents = [each | {"text": f"{each['text']} {each['title']}. {FAUST['text']}"} for each in make_documents(12)]
+    requests = [Request(document, "claim", "en") for document in documents]
+    expected = ExtractiveGenerator(documents).generate(requests)
+    state = random.getstate()
+    assert ExtractiveGenerator(documents[::-1]).generate(requests[::-1]) == expected[::-1]
+    assert ExtractiveGenerator(documents[:1]).generate(requests[:1]) == expected[:1]
+    assert random.getstate() == state
+    assert ExtractiveGenerator(documents, 1).generate(requests) != expected
+
+
+def test_keywords_do_not_depend_on_the_order_of_documents():
+    documents = make_documents(12)
+    requests = [Request(document, "keywords", "en") for document in documents]
+    assert ExtractiveGenerator(documents).generate(requests) == ExtractiveGenerator(documents[::-1]).generate(requests)
+
+
+def test_the_identity_is_that_of_documents_and_seed():
+    documents = make_documents(4)
+    identity = ExtractiveGenerator(documents).identity
+    assert ExtractiveGenerator(documents[::-1]).identity == identity
+    assert ExtractiveGenerator(documents, 1).identity != identity
+    assert ExtractiveGenerator(documents[1:]).identity != identity
+    documents[0]["text"] += " It was seen again."
+    assert ExtractiveGenerator(documents).identity != identity

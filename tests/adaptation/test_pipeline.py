@@ -1,0 +1,183 @@
+import json
+
+import pytest
+import yaml
+from small_adaptations import dataset_of, make_documents, make_settings, make_values, manifest_of, write_collection
+
+from modeling_querit import QueritForSequenceRanking
+from modeling_querit.adaptation import pipeline
+from modeling_querit.adaptation.pipeline import STAGES, Adaptation
+from modeling_querit.adaptation.settings import AdaptSettings
+from modeling_querit.cli import main as run_cli
+from modeling_querit.files import write_jsonl
+
+DATA = STAGES[:4]
+
+
+@pytest.fixture(scope="module")
+def folder(saved_folders):
+    return saved_folders("qwen3")
+
+
+@pytest.fixture
+def settings(tmp_path, folder):
+    write_collection(tmp_path / "collection")
+    return make_settings(tmp_path, folder)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_from_documents_to_a_model_and_a_report(tmp_path, folder):
+    write_collection(tmp_path / "collection")
+    config = tmp_path / "config.yaml"
+    values = make_values(tmp_path, folder, evaluation=[f"{tmp_path}/collection:test"], evaluation_depth=5)
+    config.write_text(yaml.safe_dump(values))
+    run_cli_quietly(["adapt", str(config)])
+    run = tmp_path / "run"
+    rows = lines_of(run / "data" / "train.jsonl")
+    assert all(set(row["scores"]) == {"bm25", "student"} for row in rows)
+    assert all(2 <= len(row["documents"]) <= 5 for row in rows)
+    assert all(0 <= row["positive"] < len(row["documents"]) for row in rows)
+    before, after = (QueritForSequenceRanking.from_pretrained(each) for each in (folder, run / "train" / "model"))
+    assert not after.predict([("fox", "a fox")]).equal(before.predict([("fox", "a fox")]))
+    page = (run / "report" / "report.md").read_text()
+    for name in ("queries.png", "drops.png", "scores.png", "training.png"):
+        assert f"({name})" in page
+        assert (run / "report" / name).read_bytes().startswith(b"\x89PNG")
+    (figures,) = json.loads((run / "report" / "figures.json").read_text())["rows"]
+    # Titles are queries: BM25 finds each document first.
+    assert figures["first_stage"] == pytest.approx(100)
+    assert 0 <= figures["adapted"] <= 100
+    assert 0 < figures["p_value"] <= 1
+    assert set(manifest_of(run)["stages"]) == set(STAGES)
+    assert manifest_of(run)["versions"]["transformers"]
+
+
+def run_cli_quietly(arguments):
+    with pytest.raises(SystemExit) as ended:
+        run_cli(arguments)
+    assert not ended.value.code
+
+
+def test_what_is_done_is_not_done_again(settings, monkeypatch):
+    Adaptation(settings).run(DATA)
+    before = dataset_of(settings.output_dir)
+    said = []
+    monkeypatch.setattr(pipeline, "score_pairs", None)
+    Adaptation(settings, said.append).run(DATA)
+    assert all("done before" in line for line in said)
+    assert dataset_of(settings.output_dir) == before
+
+
+def test_a_file_that_was_changed_is_made_again(settings):
+    Adaptation(settings).run(DATA)
+    before = dataset_of(settings.output_dir)
+    (settings.output_dir / "data" / "candidates.jsonl").write_text("")
+    said = []
+    Adaptation(settings, said.append).run(DATA)
+    assert ["done before" in line for line in said] == [True, True, False, True]
+    assert dataset_of(settings.output_dir) == before
+
+
+def test_other_settings_make_other_data(settings, tmp_path, folder):
+    Adaptation(settings).run(DATA)
+    before = dataset_of(settings.output_dir)
+    said = []
+    changed = make_settings(tmp_path, folder, candidates={"top": 2})
+    Adaptation(changed, said.append).run(DATA)
+    # The round trip goes through the first stages, and so depends on the section too.
+    assert "done before" in said[0]
+    assert "done before" not in said[2]
+    assert dataset_of(settings.output_dir)["train.jsonl"] != before["train.jsonl"]
+
+
+def test_a_changed_document_is_scored_anew_and_nothing_else(settings, tmp_path, monkeypatch):
+    Adaptation(settings).run(DATA)
+    rows = {row["source"]: row for row in lines_of(settings.output_dir / "data" / "train.jsonl")}
+    documents = make_documents()
+    documents[0]["text"] += " It was seen again."
+    write_jsonl(documents, tmp_path / "collection" / "corpus.jsonl")
+    scored = []
+    run = Adaptation(settings)
+    run.run(DATA[:1])
+    score = run.teachers["student"].score
+    monkeypatch.setattr(run.teachers["student"], "score", lambda pairs: scored.extend(pairs) or score(pairs))
+    run.run(DATA)
+    again = {row["source"]: row for row in lines_of(settings.output_dir / "data" / "train.jsonl")}
+    known = {(row["query"], each["text"]) for row in rows.values() for each in row["documents"]}
+    assert scored
+    assert not [pair for pair in scored if (pair[0], pair[1]["text"]) in known]
+    assert again.keys() & rows.keys()
+
+
+def test_a_stage_without_what_it_reads(settings):
+    with pytest.raises(ValueError, match=r"Stage candidates reads .*corpus.jsonl, which is not there"):
+        Adaptation(settings).run(["candidates"])
+    with pytest.raises(ValueError, match="stage is 'scores'"):
+        Adaptation(settings).run(["scores"])
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [([], "0 documents"), ([{"_id": "a", "text": "one alone"}], "1 documents"), ([{"_id": 1}], "no text 1")],
+)
+def test_too_few_documents(tmp_path, folder, documents, message):
+    write_jsonl(documents, tmp_path / "collection.jsonl")
+    settings = make_settings(tmp_path, folder, corpus={"source": str(tmp_path / "collection.jsonl")})
+    with pytest.raises(ValueError, match=message):
+        Adaptation(settings).run()
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_two_documents_are_enough(tmp_path, folder):
+    write_jsonl(make_documents(2), tmp_path / "collection.jsonl")
+    settings = make_settings(tmp_path, folder, corpus={"source": str(tmp_path / "collection.jsonl")})
+    Adaptation(settings).run(DATA)
+    assert all(len(row["documents"]) == 2 for row in lines_of(tmp_path / "run" / "data" / "train.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"corpus": {"sampel": 3}}, r"corpus.sampel: Extra inputs"),
+        ({"corpus": {"sample": 0}}, r"corpus.sample: Input should be greater"),
+        ({"queries": {"per_document": "many"}}, r"queries.per_document: Input should be a valid integer"),
+        ({"teachers": {"bm25": {"weight": -1}}}, r"teachers.bm25.weight: Input should be greater"),
+        ({"teachers": {"bm25": {"type": "oracle"}}}, r"teachers.bm25.type: Input should be"),
+        ({"candidates": {"first_stages": []}}, r"candidates.first_stages: List should have at least 1"),
+    ],
+)
+def test_settings_that_mean_nothing_are_named(tmp_path, folder, section, message):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(make_values(tmp_path, folder, **section)))
+    with pytest.raises(ValueError, match=message):
+        AdaptSettings.load(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"queries": {"generators": {"poet": {}}}}, r"queries.generators.poet: type is 'poet': choose from"),
+        ({"queries": {"generators": {"endpoint": {"url": "x", "model": "m"}}}}, "url is 'x/chat/completions'"),
+        ({"queries": {"styles": {"haiku": 1.0}}}, "style 'haiku' is unknown"),
+        ({"teachers": {"causal-lm": {"model": "x", "prompt": "{query}"}}}, "prompt has no {document}"),
+        ({"teachers": {"cross-encoder": {"modell": "x"}}}, r"teachers.cross-encoder: .*modell"),
+        ({"candidates": {"top": 1, "middle": 0, "tail": 0}}, "a query needs 2 documents to compare"),
+        ({"train": {"modell": "x"}}, "the section train: 'modell' is no setting"),
+    ],
+)
+def test_options_that_mean_nothing_are_named(tmp_path, folder, section, message):
+    write_collection(tmp_path / "collection")
+    with pytest.raises(ValueError, match=message):
+        Adaptation(make_settings(tmp_path, folder, **section)).run()
+
+
+def test_judgements_are_not_read_before_the_report(settings, tmp_path):
+    Adaptation(settings).run(DATA)
+    before = dataset_of(settings.output_dir)
+    for name in ("qrels/test.tsv", "queries.jsonl"):
+        (tmp_path / "collection" / name).unlink()
+    Adaptation(settings.model_copy(update={"output_dir": tmp_path / "again"})).run(DATA)
+    assert dataset_of(tmp_path / "again") == before
