@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,11 @@ class DenseIndex:
                 continue
             path = folder / f"{_digest(chunk)}.npy"
             if not path.exists():
-                with replacing(path) as aside, aside.open("wb") as file:
-                    np.save(file, self._encode("encode_document", chunk), allow_pickle=False)
+                # By way of memory: numpy's own words for a full disk are not the system's.
+                buffer = BytesIO()
+                np.save(buffer, self._encode("encode_document", chunk), allow_pickle=False)
+                with replacing(path) as aside:
+                    aside.write_bytes(buffer.getvalue())
             yield np.load(path, allow_pickle=False)
 
     def _encode(self, method: str, texts: list[str]) -> np.ndarray:

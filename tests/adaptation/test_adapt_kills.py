@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import resource
 import signal
 from collections import Counter
 
@@ -11,6 +12,7 @@ import torch
 from small_adaptations import dataset_of, make_settings, write_collection
 
 from modeling_querit.adaptation import pipeline
+from modeling_querit.adaptation.corpus import language_of
 from modeling_querit.adaptation.manifest import Manifest
 from modeling_querit.adaptation.shards import Shards
 from modeling_querit.adaptation.teachers import CrossEncoderTeacher, FirstStageTeacher
@@ -77,11 +79,23 @@ def adapt(settings, path, where, count):
     pipeline.Adaptation(settings).run(DATA)
 
 
-def run_process(*arguments):
+def adapt_on_a_full_disk(settings, path, room, said):
+    """One process that can write no file larger than `room`, as if there were no more of the disk."""
+    torch.set_num_threads(1)
+    # It unpacks its model on first use.
+    language_of("There is room enough for a language model now.")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    try:
+        pipeline.Adaptation(settings).run(DATA)
+    except OSError as error:
+        said.put(str(error))
+
+
+def run_process(*arguments, target=adapt):
     # Forked from a process that has imported everything and done nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["modeling_querit.adaptation.pipeline"])
-    process = context.Process(target=adapt, args=arguments)
+    process = context.Process(target=target, args=arguments)
     process.start()
     process.join()
     return process.exitcode
@@ -132,3 +146,15 @@ def test_a_batch_that_was_not_written_is_the_only_one_scored_again(whole, tmp_pa
     again = Counter((tmp_path / "calls").read_text().splitlines()) - Counter(calls)
     assert 0 < len(again) <= 16
     assert set(again.values()) == {1}
+
+
+@pytest.mark.parametrize("room", [2_000, 9_000])
+def test_a_full_disk_loses_nothing(whole, tmp_path, room):
+    settings, data, _ = whole
+    settings = settings.model_copy(update={"output_dir": tmp_path / "run"})
+    said = multiprocessing.get_context("forkserver").Queue()
+    run_process(settings, tmp_path / "calls", room, said, target=adapt_on_a_full_disk)
+    assert "The disk is full: " in said.get(timeout=10)
+    assert not list(tmp_path.rglob("*.part"))
+    assert run_process(settings, tmp_path / "calls", None, 0) == 0
+    assert dataset_of(settings.output_dir) == data
