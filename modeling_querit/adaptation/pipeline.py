@@ -89,20 +89,6 @@ _STAGES = (
     ),
 )
 STAGES = tuple(stage.name for stage in _STAGES)
-# What `querit train` is told, unless the section says otherwise.
-_TRAIN_DEFAULTS = {
-    "model": "mini",
-    "losses": ["listwise_kl", "pointwise_bce"],
-    "learning_rate": 2e-4,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0.1,
-    "per_device_train_batch_size": 4,
-    "num_train_epochs": 1,
-    "logging_steps": 10,
-    "save_steps": 50,
-    "save_total_limit": 1,
-    "report_to": "none",
-}
 
 
 class Adaptation:
@@ -220,19 +206,7 @@ class Adaptation:
 
     def do_train(self) -> dict[str, Any]:
         """The student: `train/model`."""
-        teachers = self.settings.teachers.items()
-        given = (
-            _TRAIN_DEFAULTS
-            | self.settings.train
-            | {
-                "train": [str(self.data / "train.jsonl")],
-                "output_dir": str(self.folder / "train"),
-                "teacher_weights": {name: each.weight for name, each in teachers},
-                "calibration": {name: each.calibration for name, each in teachers},
-                "seed": self.settings.seed,
-                "resume": True,
-            }
-        )
+        given = self.settings.training(self.data / "train.jsonl", self.folder / "train")
         train(*parse(as_flags(given, "the section train")))
         return {}
 

@@ -14,6 +14,21 @@ from .filters import Limits
 
 EXTRACTIVE = "extractive"
 
+# What `querit train` is told, unless the section says otherwise.
+_TRAIN_DEFAULTS = {
+    "model": "mini",
+    "losses": ["listwise_kl", "pointwise_bce"],
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 1,
+    "logging_steps": 10,
+    "save_steps": 50,
+    "save_total_limit": 1,
+    "report_to": "none",
+}
+
 
 class Section(BaseModel):
     """Settings that are checked as they are read; a name that is unknown is an error."""
@@ -117,6 +132,21 @@ class AdaptSettings(Section):
     )
     evaluation_depth: int = Field(20, ge=1, description="Documents a query that are reranked there.")
     seed: int = 0
+
+    def training(self, rows: Path, output_dir: Path) -> dict[str, Any]:
+        """The settings of `querit train`: ours, unless the section `train` says otherwise."""
+        return (
+            _TRAIN_DEFAULTS
+            | self.train
+            | {
+                "train": [str(rows)],
+                "output_dir": str(output_dir),
+                "teacher_weights": {name: each.weight for name, each in self.teachers.items()},
+                "calibration": {name: each.calibration for name, each in self.teachers.items()},
+                "seed": self.seed,
+                "resume": True,
+            }
+        )
 
     @model_validator(mode="after")
     def _has_an_index(self) -> AdaptSettings:
