@@ -495,7 +495,8 @@ def attempts(monkeypatch):
 def test_attention_that_packs_cannot_express(processor, attempts, model_type, kwargs):
     model = make_other(model_type, processor, **kwargs)
     if model_type == "gemma2":
-        assert model.model.config._attn_implementation == "eager"
+        # As newer versions of transformers do by themselves: nothing else knows of soft caps.
+        model.set_attn_implementation("eager")
     expected = plain(model)
     for batch_tokens in [150, 100_000]:
         with is_left_as_it_was(model):

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,6 +46,8 @@ def make_experts(layout="deepseek_v3", dtype=torch.float32):
     module = pytest.importorskip(f"transformers.models.{layout}.modeling_{layout}")
     config = getattr(importlib.import_module(f"transformers.models.{layout}"), name + config)
     experts = getattr(module, f"{name}Experts")(config(**{WIDTHS.get(layout, "hidden_size"): HIDDEN}, **sizes))
+    if len(inspect.signature(experts.forward).parameters) != 3:
+        pytest.skip(f"the experts of {layout} do not go through the registry in this version of transformers")
     generator = torch.Generator().manual_seed(0)
     for parameter in experts.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator).mul(0.3).to(dtype)
