@@ -21,7 +21,7 @@ _TRY_AGAIN = {408, 409, 425, 429}
 _LONGEST_WAIT = 60.0
 
 
-class Unavailable(RuntimeError):
+class Unavailable(ConnectionError):
     """A server that could not be reached, or answered with an error that may pass."""
 
     def __init__(self, message: str, wait: float | None = None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +67,21 @@ class Manifest:
 
     def _read(self) -> dict[str, Any]:
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+
+
+def in_words(counts: Mapping[str, Any]) -> str:
+    """Counts in a line.
+
+    Example:
+        ```python
+        >>> in_words({"queries": 1200, "dropped": {"short": 3}})
+        'queries 1,200, dropped (short 3)'
+        ```
+    """
+    parts = []
+    for name, value in counts.items():
+        if isinstance(value, Mapping):
+            parts += [f"{name} ({inner})"] if (inner := in_words(value)) else []
+        else:
+            parts.append(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}".strip())
+    return ", ".join(parts)

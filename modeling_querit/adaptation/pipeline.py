@@ -26,7 +26,7 @@ from .corpus import Document
 from .extractive import ExtractiveGenerator
 from .filters import Query, judged
 from .generators import Generator
-from .manifest import Manifest
+from .manifest import Manifest, in_words
 from .processes import Processes
 from .queries import requests_for, write_queries
 from .report import write_report
@@ -139,7 +139,7 @@ class Adaptation:
         if len(documents) < 2:
             raise ValueError(
                 f"{', '.join(args.sources)}: {len(documents)} documents are left, but a reranker compares two or more. "
-                f"Dropped: {_told(dropped) or 'none'}."
+                f"Dropped: {in_words(dropped) or 'none'}."
             )
         chosen = corpora.sample(documents, args.sample, self.settings.seed)
         write_jsonl(documents, self.data / "corpus.jsonl")
@@ -167,12 +167,14 @@ class Adaptation:
             else:
                 dropped[reason] += 1
                 reasons.append({"reason": reason, **asdict(query)})
+        path = self.data / "dropped_queries.jsonl"
+        write_jsonl(reasons, path)
         if not queries:
-            raise ValueError(f"No query is left of {len(requests)}: {_told(dropped)}. See data/dropped_queries.jsonl.")
+            raise ValueError(f"No query is left of {len(requests)}: {in_words(dropped)}. They are in {path}.")
         write_jsonl(map(_as_beir, queries), self.data / "queries.jsonl")
-        write_jsonl(reasons, self.data / "dropped_queries.jsonl")
         styles = Counter(f"{each.language}, {each.style}, {each.generator}" for each in queries)
-        return {"requests": len(requests), "queries": len(queries), "dropped": dropped, "kinds": styles}
+        counts = {"requests": len(requests), "queries": len(queries), "dropped": dropped, "kinds": styles}
+        return counts | {"repeated": _repeated(self.generators)}
 
     def do_candidates(self) -> dict[str, Any]:
         """A ranking for each query, and the documents drawn from it."""
@@ -200,9 +202,10 @@ class Adaptation:
         left_out: Counter[str] = Counter()
         rows = list(rows_of(candidates, texts, self.documents, self.teachers, self.kept / "scores", left_out))
         if not rows:
-            raise ValueError(f"No query has two documents with scores of all teachers: {_told(left_out)}.")
+            raise ValueError(f"No query has two documents with scores of all teachers: {in_words(left_out)}.")
         write_jsonl(rows, self.data / "train.jsonl")
-        return {"rows": len(rows), "pairs": len(pairs), "set aside": set_aside, "left out": left_out}
+        counts = {"rows": len(rows), "pairs": len(pairs), "set aside": +set_aside, "left out": left_out}
+        return counts | {"repeated": _repeated(self.teachers)}
 
     def do_train(self) -> dict[str, Any]:
         """The student: `train/model`."""
@@ -270,7 +273,7 @@ class Adaptation:
         else:
             counts = {"done before": "", **done}
         if self.processes.is_main:
-            self.echo(f"{STAGES.index(stage.name) + 1}/{len(STAGES)} {stage.name}: {_told(counts) or 'done'}")
+            self.echo(f"{STAGES.index(stage.name) + 1}/{len(STAGES)} {stage.name}: {in_words(counts) or 'done'}")
 
     def _fingerprint(self, stage: Stage) -> str:
         """Of the settings of a stage and of the files that it reads."""
@@ -293,6 +296,11 @@ def _files_of(settings: AdaptSettings, name: str) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
+def _repeated(asked: Mapping[str, Any]) -> dict[str, Counter[str]]:
+    """By name, how often a server was asked again, and why."""
+    return {name: each.endpoint.repeated for name, each in asked.items() if hasattr(each, "endpoint")}
+
+
 def _as_beir(query: Query) -> dict[str, Any]:
     values = asdict(query)
     return {"_id": values.pop("id"), "text": values.pop("text"), "metadata": values}
@@ -301,18 +309,6 @@ def _as_beir(query: Query) -> dict[str, Any]:
 def _jsonl(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
-
-
-def _told(counts: Mapping[str, Any]) -> str:
-    """Counts in a line."""
-    parts = []
-    for name, value in counts.items():
-        if isinstance(value, Mapping):
-            if value:
-                parts.append(f"{name} ({_told(value)})")
-        else:
-            parts.append(f"{name} {value:,}" if isinstance(value, int) else name)
-    return ", ".join(parts)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 from ..files import replacing, write_json
 from ..training.plots import PLOT_FILE
 from ..training.rows import Row
+from .manifest import in_words
 from .measuring import evaluate
 from .plots import draw_drops, draw_queries, draw_scores
 from .settings import AdaptSettings
@@ -72,16 +73,8 @@ def _figures(figures: Sequence[Mapping[str, Any]]) -> str:
 def _stages(stages: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["## Stages", "", "| stage | seconds | |", "| --- | ---: | --- |"]
     for name, each in stages.items():
-        lines.append(f"| {name} | {each['seconds']:,.0f} | {_told(each['counts'])} |")
+        lines.append(f"| {name} | {each['seconds']:,.0f} | {in_words(each['counts'])} |")
     return "\n".join(lines)
-
-
-def _told(counts: Mapping[str, Any]) -> str:
-    parts = []
-    for name, value in counts.items():
-        value = ", ".join(f"{key}: {count}" for key, count in value.items()) if isinstance(value, Mapping) else value
-        parts.append(f"{name}: {value}" if value != "" else name)
-    return "; ".join(parts).replace("|", "\\|")
 
 
 def _examples(queries: Sequence[Mapping[str, Any]], seed: int) -> str:

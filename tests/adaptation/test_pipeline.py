@@ -181,3 +181,23 @@ def test_judgements_are_not_read_before_the_report(settings, tmp_path):
         (tmp_path / "collection" / name).unlink()
     Adaptation(settings.model_copy(update={"output_dir": tmp_path / "again"})).run(DATA)
     assert dataset_of(tmp_path / "again") == before
+
+
+def test_a_server_that_is_down_ends_the_run_in_a_line(tmp_path, folder, capsys):
+    write_collection(tmp_path / "collection")
+    server = {"type": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m", "attempts": 2, "backoff": 0.01}
+    values = make_values(tmp_path, folder, teachers={"bm25": {}, "server": server})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit) as ended:
+        run_cli(["adapt", str(tmp_path / "config.yaml")])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("querit: http://127.0.0.1:9/v1/rerank could not be reached")
+    # What was scored by the other teacher before is kept.
+    assert list((tmp_path / "run" / "cache" / "scores" / "bm25").glob("*.parquet"))
+
+
+def test_what_was_dropped_can_be_read_where_nothing_is_left(settings, tmp_path, folder):
+    with pytest.raises(ValueError, match=r"No query is left of 24: short 24\. They are in .*dropped_queries.jsonl"):
+        Adaptation(make_settings(tmp_path, folder, queries={"min_tokens": 30, "max_tokens": 40})).run(DATA)
+    assert len(lines_of(tmp_path / "run" / "data" / "dropped_queries.jsonl")) == 24
