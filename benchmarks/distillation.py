@@ -10,18 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from modeling_querit.checkpoints.loading import load_model
-from modeling_querit.evaluation.comparison import Candidates, by_score, first_stage_candidates, judged_queries
+from modeling_querit.adaptation.candidates import FirstStage
+from modeling_querit.adaptation.corpus import Document
+from modeling_querit.adaptation.measuring import scores_of
+from modeling_querit.adaptation.teachers import CrossEncoderTeacher, FirstStageTeacher, Teacher
+from modeling_querit.checkpoints.mini import BASE_NAME
+from modeling_querit.evaluation.comparison import by_score, first_stage_candidates, judged_queries
 from modeling_querit.evaluation.metrics import mean, ndcg
-from modeling_querit.files import write_jsonl
+from modeling_querit.files import write_json, write_jsonl
 from modeling_querit.retrieval.bm25 import BM25
 from modeling_querit.retrieval.collection import Collection
 from modeling_querit.training.calibration import Teachers
@@ -31,22 +33,18 @@ from modeling_querit.training.run import main as train
 from modeling_querit.training.sources import sample_documents
 
 BM25_NAME = "bm25"
+_DOCUMENTS_AT_ONCE = 64
 
 
-def teach(collection: Collection, candidates: Candidates, teachers: Mapping[str, Any], max_length: int) -> list[Row]:
-    """Rows with the scores of BM25, which found the candidates, and of rerankers."""
-    rows = []
-    for number, (query, hits) in enumerate(candidates.items(), start=1):
-        print(f"\rTeachers: {number} of {len(candidates)} queries ", end="", file=sys.stderr, flush=True)
-        documents = [collection.documents[document] for document in hits]
-        pairs = [(collection.queries[query], document) for document in documents]
-        scores = {BM25_NAME: list(hits.values())} | {
-            name: model.predict(pairs, max_length=max_length, show_progress_bar=False).tolist()
-            for name, model in teachers.items()
-        }
-        rows.append({"query": collection.queries[query], "documents": documents, "scores": scores, "source": query})
-    print(file=sys.stderr)
-    return rows
+def make_teachers(args: argparse.Namespace, documents: Mapping[str, Document]) -> dict[str, Teacher]:
+    """BM25, which finds the candidates, and rerankers."""
+    found: dict[str, Teacher] = {BM25_NAME: FirstStageTeacher(FirstStage(BM25_NAME, documents))}
+    return found | {Path(name).name: reranker(name, args) for name in args.teacher}
+
+
+def reranker(name: str | Path, args: argparse.Namespace) -> CrossEncoderTeacher:
+    """One whose scores are kept on disk."""
+    return CrossEncoderTeacher(str(name), max_length=args.max_length, batch_size=_DOCUMENTS_AT_ONCE)
 
 
 def drawn(rows: Sequence[Row], bands: Bands, seed: int) -> list[Row]:
@@ -89,8 +87,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     random.Random(args.seed).shuffle(queries)
     held_out = queries[: round(args.held_out * len(queries))]
     candidates = first_stage_candidates(collection, BM25(collection.documents), queries, args.depth)
-    teachers = {Path(name).name: load_model(name) for name in args.teacher}
-    rows = {row["source"]: row for row in teach(collection, candidates, teachers, args.max_length)}
+    documents = {name: {"_id": name, **each} for name, each in collection.documents.items()}
+    teachers, kept = make_teachers(args, documents), args.output_dir / "cache"
+    scores = scores_of(teachers, collection, documents, candidates, kept)
+    rows = {
+        query: {
+            "query": collection.queries[query],
+            "documents": [collection.documents[document] for document in hits],
+            "scores": {name: scores[name][query] for name in teachers},
+            "source": query,
+        }
+        for query, hits in candidates.items()
+    }
 
     taught = [rows[query] for query in queries[len(held_out) :]]
     third = args.documents // 3
@@ -99,24 +107,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     weights = args.weights or dict.fromkeys([BM25_NAME, *teachers], 1.0)
     settings = ["--model", args.student, "--train", str(args.output_dir / "taught.jsonl")]
     settings += ["--teacher_weights", json.dumps(weights), "--max_length", str(args.max_length)]
-    train([*settings, "--output_dir", str(args.output_dir), "--seed", str(args.seed), *args.settings])
+    settings += ["--output_dir", str(args.output_dir), "--seed", str(args.seed), "--resume", "True"]
+    train([*settings, *args.settings])
 
     calibrated = Teachers.load(args.output_dir / "teachers.json")
-    students = {"student before": load_model(args.student) if args.student == "mini" else None}
-    students["student"] = load_model(args.output_dir / "model")
-    rankings: dict[str, dict[str, list[str]]] = {BM25_NAME: {}, "teacher": {}, "best order": {}}
-    rankings |= {name: {} for name, model in students.items() if model is not None}
-    for query in held_out:
-        documents, row = list(candidates[query]), rows[query]
-        rankings[BM25_NAME][query] = documents
-        rankings["teacher"][query] = by_score(documents, calibrated.labels(row["scores"]))
-        grades = collection.qrels[query]
-        rankings["best order"][query] = by_score(documents, [grades.get(document, 0) for document in documents])
-        pairs = [(row["query"], document) for document in row["documents"]]
-        for name, model in students.items():
-            if model is not None:
-                scores = model.predict(pairs, max_length=args.max_length, show_progress_bar=False).tolist()
-                rankings[name][query] = by_score(documents, scores)
+    students = {"student": reranker(args.output_dir / "model", args)}
+    if args.student != BASE_NAME:
+        students["student before"] = reranker(args.student, args)
+    unseen = {query: candidates[query] for query in held_out}
+    scores = scores_of(students, collection, documents, unseen, kept)
+    rankings: dict[str, dict[str, list[str]]] = {
+        BM25_NAME: {query: list(hits) for query, hits in unseen.items()},
+        "teacher": {query: by_score(list(unseen[query]), calibrated.labels(rows[query]["scores"])) for query in unseen},
+        "best order": {
+            query: by_score(list(hits), [collection.qrels[query].get(document, 0) for document in hits])
+            for query, hits in unseen.items()
+        },
+    }
+    for name, by_query in scores.items():
+        rankings[name] = {query: by_score(list(unseen[query]), values) for query, values in by_query.items()}
     report(judge(collection, rankings), args, len(held_out), len(taught))
 
 
@@ -132,8 +141,8 @@ def report(figures: dict[str, float], args: argparse.Namespace, held_out: int, t
         "taught": taught,
         "ratio": figures["student"] / figures["teacher"],
     }
-    found = {"rows": [row | {name: 100 * value for name, value in figures.items()}], "settings": vars(args)}
-    (args.output_dir / "distillation.json").write_text(json.dumps(found, indent=2, default=str) + "\n")
+    rows = [row | {name: 100 * value for name, value in figures.items()}]
+    write_json({"rows": rows, "settings": vars(args)}, args.output_dir / "distillation.json")
 
 
 if __name__ == "__main__":

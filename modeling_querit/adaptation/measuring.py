@@ -51,7 +51,7 @@ def evaluate(settings: AdaptSettings, source: str, others: Mapping[str, Path] | 
     max_length = settings.train.get("max_length")
     students = {name: CrossEncoderTeacher(str(model), max_length=max_length) for name, model in models.items()}
     asked, by_student = (
-        _scores(each, collection, documents, candidates, kept / "evaluation") for each in (teachers, students)
+        scores_of(each, collection, documents, candidates, kept / "evaluation") for each in (teachers, students)
     )
 
     calibrated = Teachers.load(run / TEACHERS_FILE)
@@ -77,7 +77,7 @@ def _known(scores: list[float | None]) -> list[float]:
     return [-math.inf if score is None or math.isnan(score) else score for score in scores]
 
 
-def _scores(
+def scores_of(
     scorers: Mapping[str, Teacher],
     collection: Collection,
     documents: Mapping[str, Document],
