@@ -77,7 +77,9 @@ def write_folder_files(model: QueritPreTrainedModel, folder: str | os.PathLike) 
     A model without a tokenizer (built from a config, or its folder gone) is written all the same, with a warning.
     """
     folder = Path(folder)
-    custom_object_save(model, folder)
+    # Not of the model itself: FSDP gives it a class of torch's, whose file would be copied.
+    ours = next(each for each in type(model).__mro__ if each.__module__.endswith("modeling_querit"))
+    custom_object_save(ours.__new__(ours), folder)
     for name, content in SENTENCE_TRANSFORMERS_FILES.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     write_card_stub(folder, folder.name)

@@ -69,7 +69,8 @@ def ranking_metrics(predictions: EvalPrediction) -> dict[str, float]:
 
     Args:
         predictions: Scores and labels, (queries, documents) each, filled up with -100. Labels may be continuous: they
-            are taken to four decimals. A document with label NaN is not judged, so not relevant.
+            are taken to four decimals. A document with label NaN is not judged, so not relevant. Of documents with
+            equal scores the least relevant comes first: a model that tells nothing apart is worth nothing.
 
     Returns:
         `ndcg_at_10` and `mrr_at_10` in [0, 1]; neither, where no query has a label above 0.
@@ -81,7 +82,7 @@ def ranking_metrics(predictions: EvalPrediction) -> dict[str, float]:
         # trec_eval knows whole grades; their unit does not matter to either measure.
         grades = {each: round(float(labels[int(each)]) * 10_000) for each in documents if labels[int(each)] > 0}
         qrels[str(number)] = grades
-        rankings[str(number)] = sorted(documents, key=lambda each: -scores[int(each)])
+        rankings[str(number)] = sorted(documents, key=lambda each: (-scores[int(each)], grades.get(each, 0)))
     found = {"ndcg_at_10": ndcg(qrels, rankings), "mrr_at_10": mrr(qrels, rankings)}
     return {name: mean(values) for name, values in found.items() if values}
 

@@ -54,7 +54,10 @@ class Collection:
         path = folder / "candidates" / f"{split}.tsv"
         if path.exists():
             for row in _tsv(path):
-                candidates.setdefault(row[0], []).append(row[1])
+                if row[0] in queries and row[1] in documents:
+                    candidates.setdefault(row[0], []).append(row[1])
+        # Judgements outlive what they are about; a relevant document that is gone still counts as not found.
+        qrels = {query: grades for query, grades in qrels.items() if query in queries}
         return cls(folder.name, documents, queries, qrels, candidates)
 
     @staticmethod

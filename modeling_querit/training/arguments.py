@@ -52,6 +52,11 @@ class QueritTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "Lay pairs end to end, without padding, what those of a query begin with only once."},
     )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps between two logs; how often the run's health is looked at, too."}
+    )
+    # What early stopping has counted belongs to a run that goes on.
+    restore_callback_states_from_checkpoint: bool = True
     # The collator takes rows as they are; the Trainer would drop their columns as unknown to the model.
     remove_unused_columns: bool = False
     # A NaN is to be seen, not replaced by the mean of the losses before it.
@@ -64,6 +69,8 @@ class QueritTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"There are {len(self.loss_weights)} loss_weights for {len(self.losses)} losses: give one each."
             )
+        if self.margin_scale is not None and not self.margin_scale > 0:
+            raise ValueError(f"margin_scale is {self.margin_scale}: it has to be above 0.")
         if self.emphasis is not None and not 0 <= self.emphasis <= 1:
             raise ValueError(f"emphasis is {self.emphasis}: it is a share of the list, from 0 to 1.")
         if self.temperature is not None and not self.temperature > 0:

@@ -126,8 +126,10 @@ class Teachers:
             if name not in by_teacher:
                 known = ", ".join(sorted(by_teacher)) or "none"
                 raise ValueError(f"No row has scores of teacher {name!r}; there are: {known}.")
-            if not (math.isfinite(weight) and weight > 0):
+            if isinstance(weight, str) or not (math.isfinite(weight) and weight > 0):
                 raise ValueError(f"The weight of teacher {name!r} is {weight}: it has to be above 0.")
+        if not isinstance(methods, str) and (unknown := sorted(methods.keys() - weights.keys())):
+            raise ValueError(f"calibration names {unknown[0]!r}, which is none of the teachers: {', '.join(weights)}.")
         of = (lambda name: methods) if isinstance(methods, str) else (lambda name: methods.get(name, "quantile"))
         return cls({name: Calibration.fit(by_teacher[name], of(name)) for name in weights}, weights)
 

@@ -37,7 +37,7 @@ def freeze(model: nn.Module, parts: str) -> int:
     modules = [layer.experts if parts == "experts" else router_of(layer) for layer in layers]
     frozen = [parameter for module in modules if module is not None for parameter in module.parameters()]
     if not frozen:
-        raise ValueError(f"There is no {parts} to freeze: the model is dense.")
+        raise ValueError(f"The model is dense: it has no {parts} to freeze.")
     for parameter in frozen:
         parameter.requires_grad_(False)
     return sum(parameter.numel() for parameter in frozen)

@@ -158,7 +158,9 @@ def _positives(collection: Collection, max_chars: int | None) -> dict[str, list[
         documents = [
             document
             for document, grade in grades.items()
-            if grade == best > 0 and (max_chars is None or len(collection.documents[document]["text"]) <= max_chars)
+            if grade == best > 0
+            and document in collection.documents
+            and (max_chars is None or len(collection.documents[document]["text"]) <= max_chars)
         ]
         if documents:
             positives[query_id] = documents

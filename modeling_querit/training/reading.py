@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ class Rejects:
     """A file for rows that are no rows: where each stood, what is wrong with it, and what it was.
 
     Args:
-        path: A JSONL file, written anew; it is there only if something was rejected.
+        path: A JSONL file, written anew; it is there only if something was rejected. None: rows are only counted.
 
     Example:
         ```python
@@ -28,24 +29,27 @@ class Rejects:
         ```
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike | None):
+        self.path = None if path is None else Path(path)
         self.count = 0
         self._file = None
 
     def add(self, error: ValueError, row: Any) -> None:
         """Set a row aside."""
+        self.count += 1
+        if self.path is None:
+            return
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("w", encoding="utf-8")
-        self.count += 1
+            self._file = self.path.open("w", encoding="utf-8", errors="backslashreplace")
         text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=repr)
         entry = {"error": str(error)[:_SHOWN], "row": text[:_SHOWN]}
         self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def __enter__(self) -> Rejects:
-        self.path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,9 +84,13 @@ def read_rows(path: str | os.PathLike, rejects: Rejects | None = None) -> Iterat
 
 def _jsonl(path: Path) -> Iterator[tuple[str, bytes]]:
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{path}, line {number}", line
+        number = 0
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}, line {number}", line
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is cut off after line {number}, or no gzip file: {error}") from None
 
 
 def _parsed(line: bytes, where: str) -> Any:

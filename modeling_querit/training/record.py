@@ -23,9 +23,12 @@ _PACKAGES = (
 )
 # What may differ between a run and its continuation: where it is, how it looks, when it stops.
 _FREE = {
-    *("resume", "resume_from_checkpoint", "validation", "early_stopping_patience", "stop_on_collapse"),
+    *("output_dir", "resume", "resume_from_checkpoint", "validation", "early_stopping_patience", "stop_on_collapse"),
     *("report_to", "logging_steps", "disable_tqdm", "dataloader_num_workers"),
-    *("max_steps", "num_train_epochs", "save_steps", "save_total_limit", "eval_steps"),
+    *("max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit"),
+    *("do_eval", "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size", "validation_depth"),
+    *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
+    *("logging_strategy", "logging_first_step", "logging_dir", "run_name", "use_cpu", "push_to_hub", "hub_model_id"),
 }
 
 

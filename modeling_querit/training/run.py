@@ -39,6 +39,7 @@ ROWS_FILE = "train_rows.jsonl"
 REJECTS_FILE = "rejects.jsonl"
 # Of a stream, which is read again and again; the other holds what was wrong with the validation rows.
 STREAM_REJECTS_FILE = "rejects_of_stream.jsonl"
+_METRICS = ("loss", "ndcg_at_10", "mrr_at_10")
 # Queries of a stream that are shuffled among each other.
 _SHUFFLE_BUFFER = 1000
 _LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -60,7 +61,7 @@ def train(
     `train_rows.jsonl`, those that were broken, `rejects.jsonl`, `teachers.json` of a distillation, `training.png`.
     """
     settings: Settings = (model_args, data_args, run_args, args)
-    _check(model_args, data_args, args)
+    _check(model_args, data_args, run_args, args)
     set_seed(args.seed)
     output_dir = Path(args.output_dir)
     with args.main_process_first(desc="reading rows"):
@@ -75,7 +76,9 @@ def train(
     return trainer
 
 
-def _check(model_args: ModelArguments, data_args: DataArguments, args: QueritTrainingArguments) -> None:
+def _check(
+    model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments, args: QueritTrainingArguments
+) -> None:
     """Raise for settings that cannot be meant, before anything is loaded or written."""
     if not data_args.train:
         raise ValueError("There is nothing to train on: name files or folders with --train.")
@@ -83,12 +86,26 @@ def _check(model_args: ModelArguments, data_args: DataArguments, args: QueritTra
         raise ValueError(
             "streaming needs --max_steps, and files of rows or datasets: a BEIR folder is mined as a whole."
         )
+    _check_validation(data_args, run_args, args)
     if model_args.freeze not in (None, "router", "experts"):
         raise ValueError(f"freeze is {model_args.freeze!r}: choose router or experts.")
     if model_args.bias_update_rate and model_args.lora_rank:
         raise ValueError(
             "bias_update_rate moves biases that an adapter does not hold: train all weights (lora_rank 0)."
         )
+
+
+def _check_validation(data_args: DataArguments, run_args: RunArguments, args: QueritTrainingArguments) -> None:
+    is_validated = bool(data_args.validation) and args.eval_strategy != "no"
+    if data_args.validation and not is_validated:
+        raise ValueError("validation is given, but nothing says when: add --eval_strategy steps or epoch.")
+    if run_args.early_stopping_patience is not None and not (is_validated and args.metric_for_best_model):
+        raise ValueError(
+            "early_stopping_patience needs --validation, --eval_strategy and --metric_for_best_model ndcg_at_10."
+        )
+    metric = args.metric_for_best_model
+    if is_validated and metric is not None and not metric.endswith(_METRICS):
+        raise ValueError(f"metric_for_best_model is {metric!r}: choose {', '.join(_METRICS)}, or NAME_ before it.")
 
 
 def _prepare(settings: Settings, output_dir: Path, is_main: bool) -> tuple[Any, dict[str, list[Row]]]:
@@ -99,10 +116,12 @@ def _prepare(settings: Settings, output_dir: Path, is_main: bool) -> tuple[Any, 
         rejects_path = rejects_path.with_name(f".{rejects_path.name}.{args.process_index}")
     with Rejects(rejects_path) as rejects:
         validation = validation_rows(data_args, args.seed, rejects)
+        if empty := [name for name, each in validation.items() if not each]:
+            raise ValueError(f"There are no rows to validate on in {empty[0]}.")
         if data_args.streaming:
             rows = _stream(data_args, args)
         elif is_main:
-            rows = training_rows(data_args, args.seed, rejects)
+            rows = _of_one_kind(training_rows(data_args, args.seed, rejects), rejects)
         else:
             rows = list(read_rows(output_dir / ROWS_FILE))
     if not is_main:
@@ -113,7 +132,11 @@ def _prepare(settings: Settings, output_dir: Path, is_main: bool) -> tuple[Any, 
     if not data_args.streaming:
         if not rows:
             raise ValueError(f"There are no rows in {', '.join(data_args.train)}.")
-        _check_labels(rows + [row for each in validation.values() for row in each], args.losses)
+        _check_labels(rows, args.losses)
+    if (rows and not data_args.streaming and rows[0].get("labels") is not None) and any(
+        row.get("labels") is None for each in validation.values() for row in each
+    ):
+        raise ValueError("A run on labels is validated on labels, but there are validation rows with scores alone.")
     # Nothing is written before everything that can be wrong has been read.
     sources = [*data_args.train, *data_args.validation]
     record = make_record(settings, [path for source in sources for path in files_of(source)])
@@ -135,17 +158,22 @@ def _stream(data_args: DataArguments, args: QueritTrainingArguments) -> Any:
     from datasets import IterableDataset
 
     name = STREAM_REJECTS_FILE if args.process_index == 0 else f".{STREAM_REJECTS_FILE}.{args.process_index}"
-    given = {"args": data_args, "seed": args.seed, "path": Path(args.output_dir) / name}
+    given = {"args": data_args, "seed": args.seed, "path": Path(args.output_dir) / name, "losses": args.losses}
     return IterableDataset.from_generator(_read_stream, gen_kwargs=given).shuffle(
         args.seed, buffer_size=_SHUFFLE_BUFFER
     )
 
 
-def _read_stream(args: DataArguments, seed: int, path: Path) -> Iterator[Row]:
+def _read_stream(args: DataArguments, seed: int, path: Path, losses: list[str]) -> Iterator[Row]:
+    """The rows again and again, without an end: a run that goes on in a later pass skips what it has seen of all."""
     with Rejects(path) as rejects:
-        yield from stream_rows(args.train, args, seed, rejects)
+        for row in stream_rows(args.train, args, seed, rejects):
+            _check_labels([row], losses)
+            yield row
     if rejects.count:
         logger.warning("%d broken rows were set aside in %s.", rejects.count, rejects.path)
+    while True:
+        yield from stream_rows(args.train, args, seed, Rejects(None))
 
 
 def _make_trainer(
@@ -185,6 +213,8 @@ def _callbacks(
 class EarlyStopping(EarlyStoppingCallback):
     """transformers' early stopping, by the mean over collections: the figures of single ones come before it."""
 
+    _last_step = -1
+
     def on_evaluate(
         self,
         args: TrainingArguments,
@@ -194,23 +224,33 @@ class EarlyStopping(EarlyStoppingCallback):
         **kwargs: Any,
     ) -> None:
         """Look at figures that the metric is among."""
-        if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
+        is_known = f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics
+        # The metrics of one validation come more than once: of each collection, and all together.
+        if is_known and state.global_step != self._last_step:
+            self._last_step = state.global_step
             super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 def _save(trainer: QueritTrainer, processor: Any, model_args: ModelArguments, output_dir: Path) -> None:
     """Write the trained model."""
-    if trainer.is_fsdp_enabled:
-        # Its weights are spread over processes: the Trainer gathers them.
-        trainer.save_model(str(output_dir / "model"))
-    elif trainer.is_world_process_zero():
-        trained = trainer.accelerator.unwrap_model(trainer.model)
+    # Sharded weights are spread over processes, which all have to help to gather them.
+    gathered = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if trainer.is_world_process_zero():
+        trained = trainer.accelerator.unwrap_model(trainer.model) if gathered is None else _plain(model_args, gathered)
         if model_args.lora_rank:
             trained.save_pretrained(output_dir / "adapter")
             trained = trained.merge_and_unload()
         trained.processor = processor
         trained.save_pretrained(output_dir / "model")
     trainer.accelerator.wait_for_everyone()
+
+
+def _plain(model_args: ModelArguments, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The model as it was before it was sharded, with these weights."""
+    model = load_for_training(model_args.model)
+    model = _with_lora(model, model_args) if model_args.lora_rank else model
+    model.load_state_dict(weights)
+    return model
 
 
 def _with_lora(model: QueritForSequenceRanking, args: ModelArguments) -> torch.nn.Module:
@@ -227,6 +267,15 @@ def _with_lora(model: QueritForSequenceRanking, args: ModelArguments) -> torch.n
         modules_to_save=["score"],
     )
     return get_peft_model(model, config)
+
+
+def _of_one_kind(rows: list[Row], rejects: Rejects) -> list[Row]:
+    """Rows with labels, or, if the first one has none, rows with scores; the others are set aside."""
+    kind = "labels" if rows and rows[0].get("labels") is not None else "scores"
+    for row in rows:
+        if row.get(kind) is None:
+            rejects.add(ValueError(f"No {kind!r}, which the first row has: a run learns from one of both."), row)
+    return [row for row in rows if row.get(kind) is not None]
 
 
 def _check_labels(rows: Sequence[Row], losses: Sequence[str]) -> None:

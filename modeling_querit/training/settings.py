@@ -180,14 +180,17 @@ def as_flags(settings: Mapping[str, Any], where: str) -> list[str]:
     Raises:
         ValueError: if one is unknown; the message says `where`.
     """
-    nargs = {action.dest: action.nargs for action in _parser()._actions}
-    if unknown := sorted(set(settings) - nargs.keys()):
+    actions = {action.dest: action for action in _parser()._actions}
+    if unknown := sorted(set(settings) - actions.keys(), key=str):
         raise ValueError(f"{where}: {unknown[0]!r} is no setting; see querit train --help.")
     flags: list[str] = []
     for name, value in settings.items():
         if value is not None:
             # A bare flag says True to settings that take a word as well, such as fsdp; others want the word.
-            is_bare = value is True and nargs[name] == "?"
+            is_bare = value is True and actions[name].nargs == "?"
+            if value is False and "no" in (actions[name].choices or ()):
+                # YAML takes this word for a truth value.
+                value = "no"
             values = [] if is_bare else value if isinstance(value, list) else [value]
             flags += [f"--{name}", *(_as_text(each) for each in values)]
     return flags
@@ -205,6 +208,13 @@ def changed_settings(arguments: Any) -> dict[str, Any]:
     for each in dataclasses.fields(arguments):
         value = getattr(arguments, each.name)
         default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
-        if each.init and isinstance(value, str | int | float | list | dict | None) and value != default:
+        # Tokens for hubs are not written down.
+        is_secret = each.name.endswith("_token")
+        if (
+            each.init
+            and not is_secret
+            and isinstance(value, str | int | float | list | dict | None)
+            and value != default
+        ):
             changed[each.name] = value
     return changed

@@ -18,7 +18,7 @@ from .settings import DataArguments
 
 logger = logging.getLogger(__name__)
 
-_ROW_FILES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
+_ROW_FILES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 
 
 def training_rows(args: DataArguments, seed: int, rejects: Rejects) -> list[Row]:

@@ -67,3 +67,9 @@ def test_what_the_trainer_reports():
     second = slow_ndcg({"a": 0.0, "b": 0.5}, ["a", "b"], 10)
     assert found == {"ndcg_at_10": pytest.approx((first + second) / 2), "mrr_at_10": pytest.approx(0.5)}
     assert ranking_metrics(EvalPrediction(scores[2:], labels[2:])) == {}
+
+
+def test_a_model_that_tells_nothing_apart_is_worth_nothing():
+    labels = np.array([[1.0] + [0.0] * 10])
+    found = ranking_metrics(EvalPrediction(np.zeros((1, 11)), labels))
+    assert found == {"ndcg_at_10": 0, "mrr_at_10": 0}

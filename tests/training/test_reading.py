@@ -52,3 +52,10 @@ def test_what_is_no_parquet_is_named(tmp_path):
     (tmp_path / "rows.parquet").write_text("text")
     with pytest.raises(ValueError, match=r"rows\.parquet: "):
         list(read_rows(tmp_path / "rows.parquet"))
+
+
+def test_a_file_that_is_cut_off_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(ROWS[0]).encode() * 1000)[:-20])
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz is cut off after line 0, or no gzip file"):
+        list(read_rows(path))

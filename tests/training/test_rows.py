@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from modeling_querit.files import write_jsonl
@@ -74,3 +75,22 @@ def test_rows_may_have_teacher_scores_for_labels():
 def test_broken_teacher_scores_are_named(scores, message):
     with pytest.raises(ValueError, match=message):
         check_row({"query": "a", "documents": ["b", "c"], "scores": scores}, "here")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": "bad \ud800", "documents": ["b"], "labels": [1]}, "the query: half of a character at place 4"),
+        ({"query": "a", "documents": [{"text": "\udfff"}], "labels": [1]}, "a document: half of a character"),
+        ({"query": "a", "documents": ["b"], "labels": [10**400]}, "label 1000.* is not a finite number"),
+        ({"query": "a", "documents": ["b"], "scores": {}}, "no 'labels'"),
+        ({"query": "a", "documents": ["b"], "scores": {"a": None, "b": None}}, "no 'labels'"),
+    ],
+)
+def test_rows_that_could_not_be_trained_on(row, message):
+    with pytest.raises(ValueError, match=message):
+        check_row(row, "here")
+
+
+def test_numbers_of_numpy_are_numbers():
+    check_row({"query": "a", "documents": ["b", "c"], "labels": [np.float32(1), np.int64(0)]}, "here")

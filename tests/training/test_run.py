@@ -246,3 +246,44 @@ def test_settings_that_cannot_be_meant(saved_folder, rows, tmp_path, settings, m
     with pytest.raises(ValueError, match=message):
         main(["--model", str(saved_folder), "--train", rows, "--output_dir", str(tmp_path / "out"), *QUICK, *settings])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--validation", "x.jsonl"], "nothing says when: add --eval_strategy"),
+        (["--early_stopping_patience", "2"], "early_stopping_patience needs --validation"),
+        (
+            ["--validation", "x.jsonl", "--eval_strategy", "steps", "--metric_for_best_model", "ndcg@10"],
+            "metric_for_best_model is 'ndcg@10': choose loss, ndcg_at_10",
+        ),
+        (["--margin_scale", "-1"], "margin_scale is -1.0: it has to be above 0"),
+    ],
+)
+def test_settings_that_come_to_nothing_are_named(saved_folder, rows, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        main(["--model", str(saved_folder), "--train", rows, "--output_dir", str(tmp_path / "out"), *QUICK, *more])
+    assert not (tmp_path / "out").exists()
+
+
+def test_secrets_are_not_written_down(saved_folder, rows, tmp_path):
+    out = tmp_path / "out"
+    main(["--model", str(saved_folder), "--train", rows, "--output_dir", str(out), *QUICK, "--hub_token", "hf_secret"])
+    assert "hf_secret" not in (out / "train.json").read_text()
+
+
+def test_rows_of_another_kind_are_set_aside(saved_folder, tmp_path):
+    row = {"query": "a", "documents": ["b", "c"]}
+    mixed = [row | {"labels": [1, 0]}, row | {"scores": {"t": [1, 0]}}, row | {"labels": [0, 1]}]
+    write_jsonl(mixed, tmp_path / "rows.jsonl")
+    given = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.jsonl")]
+    main([*given, "--output_dir", str(tmp_path / "out"), *QUICK])
+    assert len(list(read_rows(tmp_path / "out" / "train_rows.jsonl"))) == 2
+    assert "No 'labels', which the first row has" in (tmp_path / "out" / "rejects.jsonl").read_text()
+
+
+def test_yaml_says_no(saved_folder, rows, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: {saved_folder}\ntrain: [{rows}]\noutput_dir: {tmp_path}/out\nsave_strategy: no\n")
+    _, _, _, args = parse([str(config)])
+    assert args.save_strategy == "no"
