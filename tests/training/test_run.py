@@ -2,6 +2,8 @@ import hashlib
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from modeling_querit import QueritForSequenceRanking
 from modeling_querit.files import write_jsonl
@@ -287,3 +289,16 @@ def test_yaml_says_no(saved_folder, rows, tmp_path):
     config.write_text(f"model: {saved_folder}\ntrain: [{rows}]\noutput_dir: {tmp_path}/out\nsave_strategy: no\n")
     _, _, _, args = parse([str(config)])
     assert args.save_strategy == "no"
+
+
+def test_a_stream_goes_on_in_a_later_pass(saved_folder, rows, tmp_path):
+    """Six rows are read again and again: step 8 of two queries each is in the third pass."""
+    given = ["--model", str(saved_folder), "--train", rows, *QUICK, "--streaming", "True", "--save_strategy", "steps"]
+    given += ["--per_device_train_batch_size", "2", "--learning_rate", "1e-2", "--lr_scheduler_type", "constant"]
+    main([*given, "--output_dir", str(tmp_path / "whole"), "--max_steps", "11", "--save_steps", "8"])
+    main([*given, "--output_dir", str(tmp_path / "parts"), "--max_steps", "8", "--save_steps", "8"])
+    resumed = ["--max_steps", "11", "--save_steps", "8", "--resume", "True"]
+    main([*given, "--output_dir", str(tmp_path / "parts"), *resumed])
+    whole, parts = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    for name, tensor in whole.items():
+        assert torch.equal(parts[name], tensor), name
