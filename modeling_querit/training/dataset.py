@@ -45,16 +45,14 @@ class RankingDataset(Dataset):
         """
         return cls([row for path in paths for row in read_rows(path)])
 
-    def lengths(self) -> list[int]:
-        """Characters of each row's query and documents: how long it takes, near enough to sort by."""
-        return [
-            len(row["query"]) * len(row["documents"])
-            + sum(len(each if isinstance(each, str) else each["text"]) for each in row["documents"])
-            for row in self.rows
-        ]
-
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
         return self.rows[index]
+
+
+def length_of(row: Row) -> int:
+    """Characters of a row's query and documents: how long it takes, near enough to sort by."""
+    documents = (each if isinstance(each, str) else each["text"] for each in row["documents"])
+    return len(row["query"]) * len(row["documents"]) + sum(map(len, documents))

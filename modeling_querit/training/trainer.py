@@ -15,7 +15,7 @@ from ..evaluation.metrics import ranking_metrics
 from ..modeling_querit import QueritForSequenceRanking
 from .arguments import QueritTrainingArguments
 from .collator import RankingCollator
-from .dataset import RankingDataset
+from .dataset import length_of
 from .losses import choose_losses, count_items
 
 # Beyond it a score has next to no gradient: 1 - 0.99^2 = 0.02 of that at zero.
@@ -78,9 +78,10 @@ class QueritTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, RankingDataset):
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
             batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return LengthSampler(batch_size, dataset.lengths(), lambda: self.args.seed + int(self.state.epoch or 0))
+            lengths = [length_of(row) for row in dataset]
+            return LengthSampler(batch_size, lengths, lambda: self.args.seed + int(self.state.epoch or 0))
         return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

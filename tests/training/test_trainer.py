@@ -7,6 +7,7 @@ from small_runs import ROWS, UNEVEN, Gradients, make_args, make_trainer
 from tiny import make_model
 
 from modeling_querit.training.dataset import RankingDataset
+from modeling_querit.training.trainer import QueritTrainer
 
 
 def gradients(model, output_dir, rows=UNEVEN, **settings):
@@ -258,6 +259,14 @@ def test_queries_of_similar_length_are_put_together(model, tmp_path):
     assert list(sampler) == first
     trainer.state.epoch = 1.0
     assert list(sampler) != first
+
+
+def test_tables_are_sorted_by_length_too(model, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    args = make_args(tmp_path, train_sampling_strategy="group_by_length", max_steps=1)
+    trainer = QueritTrainer(copy.deepcopy(model), args, train_dataset=datasets.Dataset.from_list(ROWS))
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_a_resumed_run_logs_the_same_losses(model, tmp_path):
