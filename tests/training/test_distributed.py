@@ -85,22 +85,30 @@ def test_two_processes_train_as_one(saved_folder, rows, tmp_path, accumulation):
     compare_weights(tmp_path / "1", tmp_path / "2")
 
 
-@pytest.mark.parametrize("more", [[], ["--lora_rank", 2]])
 def test_two_processes_with_half_of_the_weights_each_train_as_one(
-    architecture, saved_folder, rows, tmp_path, sharding_site, more
+    architecture, saved_folder, rows, tmp_path, sharding_site
 ):
     """FSDP2, with repeated layers and packs, as in examples/train_*_fsdp.yaml."""
+    compare_sharded(architecture, saved_folder, rows, tmp_path, sharding_site)
+    assert not (tmp_path / "2" / "adapter").exists()
+
+
+def test_two_processes_with_half_of_an_adapter_each_train_as_one(saved_folders, rows, tmp_path, sharding_site):
+    compare_sharded("qwen3", saved_folders("qwen3"), rows, tmp_path, sharding_site, "--lora_rank", 2)
+    assert (tmp_path / "2" / "adapter").exists()
+
+
+def compare_sharded(architecture, folder, rows, tmp_path, site, *more):
     config = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": LAYERS[architecture]}
     config["cpu_ram_efficient_loading"] = False
-    sharded = ["--gradient_checkpointing", "True", "--fsdp_config", json.dumps(config), "--fsdp", *more]
-    one = launch(1, saved_folder, rows, tmp_path / "1", *more)
-    compare(one, launch(2, saved_folder, rows, tmp_path / "2", *sharded, site=sharding_site))
+    sharded = ["--gradient_checkpointing", "True", "--fsdp_config", json.dumps(config), "--fsdp"]
+    one = launch(1, folder, rows, tmp_path / "1", *more)
+    compare(one, launch(2, folder, rows, tmp_path / "2", *more, *sharded, site=site))
     compare_weights(tmp_path / "1", tmp_path / "2")
     first, second = (
         {path.name for path in (tmp_path / name / "model").iterdir() if path.suffix != ".jinja"} for name in "12"
     )
     assert first == second
-    assert (tmp_path / "2" / "adapter").exists() == bool(more)
 
 
 def compare(one, two):
