@@ -21,8 +21,8 @@ from modeling_querit.adaptation.corpus import Document
 from modeling_querit.adaptation.measuring import scores_of
 from modeling_querit.adaptation.teachers import CrossEncoderTeacher, FirstStageTeacher, Teacher
 from modeling_querit.checkpoints.mini import BASE_NAME
-from modeling_querit.evaluation.comparison import by_score, first_stage_candidates, judged_queries
-from modeling_querit.evaluation.metrics import mean, ndcg
+from modeling_querit.evaluation.comparison import by_score, first_stage_candidates, judged_queries, measure
+from modeling_querit.evaluation.metrics import mean
 from modeling_querit.files import write_json, write_jsonl
 from modeling_querit.retrieval.bm25 import BM25
 from modeling_querit.retrieval.collection import Collection
@@ -50,11 +50,6 @@ def reranker(name: str | Path, args: argparse.Namespace) -> CrossEncoderTeacher:
 def drawn(rows: Sequence[Row], bands: Bands, seed: int) -> list[Row]:
     """The rows with some of their documents."""
     return [sample_documents(row, bands, random.Random(f"{seed}/{row['source']}")) for row in rows]
-
-
-def judge(collection: Collection, rankings: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, float]:
-    """nDCG@10 of each ranking."""
-    return {name: mean(ndcg(collection.qrels, ranking)) for name, ranking in rankings.items()}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -126,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     for name, by_query in scores.items():
         rankings[name] = {query: by_score(list(unseen[query]), values) for query, values in by_query.items()}
-    report(judge(collection, rankings), args, len(held_out), len(taught))
+    figures = {name: mean(each) for name, each in measure(collection, rankings).items()}
+    report(figures, args, len(held_out), len(taught))
 
 
 def report(figures: dict[str, float], args: argparse.Namespace, held_out: int, taught: int) -> None:

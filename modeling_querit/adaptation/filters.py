@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ..retrieval.bm25 import tokenize
+from ..training.mining import Retriever
 from .corpus import UNKNOWN_LANGUAGE, Document, language_of
 
 # Queries looked up at once.
@@ -30,13 +31,6 @@ class Query:
     style: str
     language: str
     generator: str
-
-
-class FirstStage(Protocol):
-    """What finds documents."""
-
-    def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        """For each query its `k` best (document id, score), best first."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class Limits:
 
 
 def judged(
-    queries: Iterable[Query], documents: Mapping[str, Document], limits: Limits, first_stage: FirstStage | None
+    queries: Iterable[Query], documents: Mapping[str, Document], limits: Limits, first_stage: Retriever | None
 ) -> Iterator[tuple[Query, str | None]]:
     """Each query with the reason to drop it: `short`, `long`, `language`, `copied`, `duplicate`, `round-trip`, or None.
 
@@ -93,7 +87,7 @@ def judged(
             yield query, reason
 
 
-def _lost(queries: Sequence[Query], first_stage: FirstStage, depth: int) -> set[str]:
+def _lost(queries: Sequence[Query], first_stage: Retriever, depth: int) -> set[str]:
     """Ids of queries whose document is not found."""
     found = first_stage.search([query.text for query in queries], depth)
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,6 @@ import numpy as np
 from ..retrieval.collection import Collection
 from .metrics import ndcg
 
-# Of queries and documents: scores, in order.
-Scorer = Callable[[Sequence[tuple[str, dict[str, Any]]]], Sequence[float]]
 # Query id -> document id -> the first stage's score, best first.
 Candidates = dict[str, dict[str, float]]
 # Query id -> nDCG@10.
@@ -43,15 +41,6 @@ def first_stage_candidates(collection: Collection, first_stage: Any, queries: Se
         else dict(hits[:depth])
         for query, hits in zip(queries, found, strict=True)
     }
-
-
-def rerank(collection: Collection, candidates: Candidates, scorer: Scorer) -> dict[str, list[str]]:
-    """The candidates of each query by score, best first; equal scores keep the first stage's order."""
-    rankings = {}
-    for query, hits in candidates.items():
-        scores = scorer([(collection.queries[query], collection.documents[document]) for document in hits])
-        rankings[query] = by_score(list(hits), scores)
-    return rankings
 
 
 def by_score(documents: Sequence[str], scores: Sequence[float]) -> list[str]:

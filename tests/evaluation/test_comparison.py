@@ -11,7 +11,6 @@ from modeling_querit.evaluation.comparison import (
     judged_queries,
     measure,
     p_value,
-    rerank,
 )
 from modeling_querit.evaluation.metrics import ndcg
 from modeling_querit.retrieval.bm25 import BM25
@@ -52,18 +51,6 @@ def test_candidates_that_are_listed_are_all_there_is():
 def test_by_score_keeps_the_order_of_equals():
     assert by_score("abcd", [0.5, 1.0, 0.5, 1.0]) == ["b", "d", "a", "c"]
     assert by_score([], []) == []
-
-
-def test_rerank():
-    candidates = {"q1": {"a": 2.0, "b": 1.0, "c": 0.5}}
-    asked = []
-
-    def scorer(pairs):
-        asked.extend(pairs)
-        return [0.0, 1.0, 0.0]
-
-    assert rerank(make_collection(), candidates, scorer) == {"q1": ["b", "a", "c"]}
-    assert asked == [("fox", DOCUMENTS[each]) for each in "abc"]
 
 
 def test_measure():
