@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import replacing
+from ..training.plots import new_figure, save_figure
 from ..training.rows import Row
 
 _LANGUAGES_SHOWN = 12
@@ -26,7 +26,7 @@ def draw_queries(queries: Sequence[Mapping[str, Any]], path: Path) -> None:
     counts = Counter((each["metadata"]["language"], each["metadata"]["style"]) for each in queries)
     languages = [name for name, _ in Counter(each["metadata"]["language"] for each in queries).most_common()]
     shown = languages[:_LANGUAGES_SHOWN][::-1]
-    figure = _figure(7, 1.2 + 0.35 * len(shown))
+    figure = new_figure(7, 1.2 + 0.35 * len(shown))
     axes, left = figure.subplots(), np.zeros(len(shown))
     for style in sorted({style for _, style in counts}):
         values = np.array([counts[language, style] for language in shown])
@@ -35,18 +35,18 @@ def draw_queries(queries: Sequence[Mapping[str, Any]], path: Path) -> None:
     hidden = f" ({len(languages) - len(shown)} more languages)" if len(languages) > len(shown) else ""
     axes.set_title(f"queries by language and style{hidden}", loc="left", fontsize=10)
     axes.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_drops(dropped: Mapping[str, int], path: Path) -> None:
     """What was dropped, by reason."""
     names = sorted(dropped, key=lambda name: dropped[name]) or ["nothing"]
-    figure = _figure(7, 1.2 + 0.35 * len(names))
+    figure = new_figure(7, 1.2 + 0.35 * len(names))
     axes = figure.subplots()
     bars = axes.barh(names, [dropped.get(name, 0) for name in names], color="tab:red")
     axes.bar_label(bars, padding=3, fontsize=8)
     axes.set_title("queries dropped, by reason", loc="left", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_scores(rows: Sequence[Row], path: Path) -> None:
@@ -57,7 +57,7 @@ def draw_scores(rows: Sequence[Row], path: Path) -> None:
         path: A PNG file.
     """
     names = sorted(rows[0]["scores"])
-    figure = _figure(7, 2.2 * len(names))
+    figure = new_figure(7, 2.2 * len(names))
     for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
         groups: dict[str, list[float]] = {"source document": [], "other candidates": []}
         for row in rows:
@@ -70,18 +70,4 @@ def draw_scores(rows: Sequence[Row], path: Path) -> None:
                 axes.hist(values, bins=bins, density=True, alpha=0.6, label=label)
         axes.set_title(f"scores of {name}", loc="left", fontsize=10)
         axes.legend(fontsize=8)
-    _save(figure, path)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_figure(figure, path)

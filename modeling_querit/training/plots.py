@@ -28,14 +28,10 @@ def draw_run(history: Sequence[dict[str, Any]], path: str | Path) -> bool:
         history: `trainer.state.log_history`.
         path: A PNG file; it appears once it is complete.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = {title: lines for title, keys in _PANELS.items() if (lines := _lines(history, keys))}
     if not panels:
         return False
-    figure = Figure(figsize=(7, 2.6 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 2.6 * len(panels))
     for axes, (title, lines) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         for name, points in lines.items():
             steps, values = zip(*points, strict=True)
@@ -44,9 +40,24 @@ def draw_run(history: Sequence[dict[str, Any]], path: str | Path) -> bool:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     axes.set_xlabel("step")
+    save_figure(figure, path)
+    return True
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, which needs no screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure as PNG; the file appears once it is complete."""
     with replacing(path) as aside:
         figure.savefig(aside, format="png", dpi=120)
-    return True
 
 
 def _lines(history: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
