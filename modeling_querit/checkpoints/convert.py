@@ -1,12 +1,16 @@
-"""From a published checkpoint to the one folder that every runtime loads."""
+"""From a published checkpoint to the one folder that every runtime loads, and back."""
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from pathlib import Path
 
 from .loading import load_model
-from .writing import write_whole
+from .parents import open_parent
+from .streaming import copy_weights, dtype_named
+from .writing import check_new, whole_folder, write_whole
 
 
 def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike, dtype: str = "auto") -> Path:
@@ -29,14 +33,38 @@ def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike
         PosixPath('querit-4b')
         ```
     """
-    destination = Path(destination).absolute()
-    if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
-        raise FileExistsError(f"{destination} exists: name a new folder.")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(destination.parent, os.W_OK):
-        raise PermissionError(f"{destination} cannot be written: no permission in {destination.parent}.")
+    destination = check_new(destination)
     model = load_model(source, dtype)
     # Before anything is written: without a tokenizer the folder would serve nobody.
     _ = model.processor
     write_whole(model, destination)
+    return destination
+
+
+def publish_checkpoint(source: str | os.PathLike, destination: str | os.PathLike, dtype: str = "auto") -> Path:
+    """Write a checkpoint as the first release was laid out: for code that was written for that.
+
+    That is the backbone's flat config, which names a class that transformers does not have (`MLQwen3Model`), the head
+    as `head.weight` and `head.bias`, the tokenizer, and nothing else. Weights go from file to file in parts.
+
+    Args:
+        source: As in `open_parent`.
+        destination: A folder that does not exist yet, or is empty.
+        dtype: Of the weights; "auto" keeps the checkpoint's.
+
+    Raises:
+        OSError, ValueError: as `convert_checkpoint`.
+    """
+    destination, wanted = check_new(destination), dtype_named(dtype)
+    with tempfile.TemporaryDirectory() as aside, whole_folder(destination) as folder:
+        parent = open_parent(str(source), Path(aside))
+        heads = {key: f"head.{key.removeprefix('score.')}" for key in parent.tensors if key.startswith("score.")}
+        copy_weights(folder, {heads.get(key, key): tensor for key, tensor in parent.tensors.items()}, wanted)
+        model = parent.model
+        config = model.config.text_config.to_dict() | {
+            "architectures": [f"ML{type(model.model).__name__}"],
+            "dtype": str(wanted or parent.tensors["score.weight"].dtype).removeprefix("torch."),
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        model.processor.tokenizer.save_pretrained(folder)
     return destination

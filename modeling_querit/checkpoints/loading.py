@@ -55,12 +55,13 @@ def load_for_training(name: str | os.PathLike, dtype: torch.dtype = torch.float3
     """A reranker to go on training, or a plain decoder with a new head, at zero."""
     if name == BASE_NAME:
         return base_model(dtype)
-    if name == MINI_NAME or _is_reranker(name):
+    if name == MINI_NAME or is_reranker(name):
         return load_model(name, dtype)
     return from_backbone(name, dtype=dtype)
 
 
-def _is_reranker(name: str | os.PathLike) -> bool:
+def is_reranker(name: str | os.PathLike) -> bool:
+    """Whether a folder or repository holds a reranker, in our layout or as published, and no plain decoder."""
     config, _ = PreTrainedConfig.get_config_dict(name)
     # Published checkpoints name a class of their own, which transformers does not have.
     published = [each for each in config.get("architectures") or [] if not hasattr(transformers, each)]

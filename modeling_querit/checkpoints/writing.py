@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..modeling_querit import QueritForSequenceRanking
 
 
-def write_whole(model: QueritForSequenceRanking, destination: Path, card: str | None = None) -> None:
-    """Save a model, with its card or a stub of one, to a folder that appears only once it is complete."""
+def check_new(destination: str | os.PathLike) -> Path:
+    """The absolute path of a folder that can be written, before any work is done for it.
+
+    Raises:
+        OSError: if there is something at the destination, or it cannot be written.
+    """
+    destination = Path(destination).absolute()
+    if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
+        raise FileExistsError(f"{destination} exists: name a new folder.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(destination.parent, os.W_OK):
+        raise PermissionError(f"{destination} cannot be written: no permission in {destination.parent}.")
+    return destination
+
+
+@contextmanager
+def whole_folder(destination: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `destination` once the block has ended without an error."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as aside:
         folder = Path(aside) / destination.name
-        if card is not None:
-            folder.mkdir()
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        model.save_pretrained(folder)
+        folder.mkdir()
+        yield folder
         # Takes the place of an empty folder, never of one that somebody filled meanwhile.
         folder.replace(destination)
+
+
+def write_whole(model: QueritForSequenceRanking, destination: Path, card: str | None = None) -> None:
+    """Save a model, with its card or a stub of one, to a folder that appears only once it is complete."""
+    with whole_folder(destination) as folder:
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        model.save_pretrained(folder)

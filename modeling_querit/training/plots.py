@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..files import replacing
+from ..figures import new_figure, save_figure
 
 PLOT_FILE = "training.png"
 # Title of a panel, and the keys it shows: those that begin so.
@@ -42,22 +42,6 @@ def draw_run(history: Sequence[dict[str, Any]], path: str | Path) -> bool:
     axes.set_xlabel("step")
     save_figure(figure, path)
     return True
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches, which needs no screen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a figure as PNG; the file appears once it is complete."""
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
 
 
 def _lines(history: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, list[tuple[int, float]]]:

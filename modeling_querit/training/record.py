@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..environment import environment
 from ..files import sha256
 from .settings import changed_settings
 
 RECORD_FILE = "train.json"
-_PACKAGES = (
-    *("modeling-querit", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors"),
-    *("bm25s", "sentence-transformers"),
-)
 # What may differ between a run and its continuation: where it is, how it looks, when it stops.
 _FREE = {
     *("output_dir", "resume", "resume_from_checkpoint", "validation", "early_stopping_patience", "stop_on_collapse"),
@@ -40,11 +35,6 @@ def make_record(settings: Sequence[Any], files: Iterable[Path]) -> dict[str, Any
         **environment(),
         "sha256": {str(path): sha256(path) for path in files},
     }
-
-
-def environment() -> dict[str, Any]:
-    """Versions of packages, and the git revision."""
-    return {"versions": {package: _version(package) for package in _PACKAGES}, "git_revision": _git_revision()}
 
 
 def check_same_run(record: dict[str, Any], output_dir: Path) -> None:
@@ -93,19 +83,3 @@ def _resolved(arguments: Any) -> dict[str, Any]:
         # Tokens for hubs are not written down.
         return arguments.to_sanitized_dict()
     return dataclasses.asdict(arguments)
-
-
-def _git_revision() -> str | None:
-    """Of the working directory, marked if files differ from it; None outside of git."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

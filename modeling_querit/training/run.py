@@ -266,7 +266,10 @@ def _with_lora(model: QueritForSequenceRanking, args: ModelArguments) -> torch.n
         layers_to_transform=list(range(args.lora_first_layer, depth)),
         modules_to_save=["score"],
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    # Said by hand: a model that was made from a plain decoder has no name that peft could find.
+    adapted.peft_config["default"].base_model_name_or_path = args.model
+    return adapted
 
 
 def _of_one_kind(rows: list[Row], rejects: Rejects) -> list[Row]:

@@ -1,10 +1,20 @@
+import copy
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import AutoModel
 
 from modeling_querit import QueritForSequenceRanking
-from modeling_querit.checkpoints.convert import convert_checkpoint
+from modeling_querit.checkpoints.convert import convert_checkpoint, publish_checkpoint
+from modeling_querit.checkpoints.loading import load_for_training
+from modeling_querit.cli import main
 
 
 def test_writes_the_well_formed_folder(model, tmp_path):
@@ -54,3 +64,187 @@ def test_a_source_that_is_nowhere(tmp_path):
     with pytest.raises(OSError, match="nowhere is no folder"):
         convert_checkpoint(tmp_path / "nowhere", tmp_path / "destination")
     assert not (tmp_path / "destination").exists()
+
+
+# Back to the layout of the first release
+
+
+def assert_equal_tensors(found, expected):
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        assert tensor.dtype == expected[key].dtype, key
+        assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.fixture
+def published(saved_folder, tmp_path):
+    return publish_checkpoint(saved_folder, tmp_path / "published")
+
+
+def test_publishes_weights_as_the_first_release_named_them(published, model):
+    assert_equal_tensors(tiny.read_tensors(published), tiny.published_tensors(model))
+
+
+def test_publishes_a_flat_config(published, model, architecture):
+    config = json.loads((published / "config.json").read_text())
+    assert config["model_type"] == architecture
+    assert config["architectures"] == [f"ML{tiny.BACKBONES[architecture].__name__}"]
+    assert not hasattr(transformers, config["architectures"][0])
+    assert config["dtype"] == "float32"
+    assert not config.keys() & {"auto_map", "text_config", "margin_scale", "sentence_transformers"}
+    text_config = model.config.text_config
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size", "rope_parameters", "pad_token_id"):
+        assert config[key] == getattr(text_config, key), key
+
+
+def test_publishes_a_tokenizer_and_no_code(published, processor):
+    names = {path.name for path in published.iterdir()}
+    assert names - {"chat_template.jinja"} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    tokenizer = transformers.AutoTokenizer.from_pretrained(published)
+    assert tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert tokenizer.cls_token == "[CLS]"
+    assert tokenizer.model_max_length == tiny.MAX_LENGTH
+
+
+def test_what_is_published_tells_nothing_of_this_machine(published, saved_folder):
+    for path in published.iterdir():
+        for folder in (saved_folder.parent, published.parent):
+            assert str(folder).encode() not in path.read_bytes(), path.name
+
+
+def test_what_is_published_loads_with_equal_scores(published, model):
+    loaded = QueritForSequenceRanking.from_pretrained(published)
+    assert_equal_tensors(loaded.state_dict(), model.state_dict())
+    assert torch.equal(loaded.predict(tiny.pairs()), model.predict(tiny.pairs()))
+
+
+def test_other_decoders_are_published_too(processor, tmp_path):
+    model = tiny.make_model("gemma3_text", processor)
+    model.save_pretrained(tmp_path / "source")
+    published = publish_checkpoint(tmp_path / "source", tmp_path / "published")
+    assert json.loads((published / "config.json").read_text())["architectures"] == ["MLGemma3TextModel"]
+    loaded = QueritForSequenceRanking.from_pretrained(published)
+    assert_equal_tensors(loaded.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("layout", [{}, {"prefix": ""}, {"shards": 3}], ids=str)
+def test_there_and_back(model, tmp_path, layout):
+    tensors = tiny.published_tensors(model, layout.get("prefix", "model."))
+    source = tiny.write_published(tmp_path / "source", model, tensors, layout.get("shards", 1))
+    ours = convert_checkpoint(source, tmp_path / "ours")
+    again = publish_checkpoint(ours, tmp_path / "again")
+    directly = publish_checkpoint(source, tmp_path / "directly")
+    for folder in (again, directly):
+        assert_equal_tensors(tiny.read_tensors(folder), tiny.published_tensors(model))
+        config = json.loads((folder / "config.json").read_text())
+        before = json.loads((source / "config.json").read_text())
+        for key in before.keys() - {"architectures", "_name_or_path"}:
+            assert config[key] == before[key], key
+    # And once more, nothing moves.
+    assert_equal_tensors(tiny.read_tensors(convert_checkpoint(again, tmp_path / "ours again")), tiny.read_tensors(ours))
+
+
+def test_code_that_was_written_for_the_first_release_reads_it(published, model):
+    """mteb's own inputs, the backbone by AutoModel, the head by numpy: no code of this package."""
+    mteb = pytest.importorskip("mteb.models.model_implementations.querit_models")
+    wrapper = mteb.QueritWrapper.__new__(mteb.QueritWrapper)
+    wrapper.tokenizer, wrapper.device = transformers.AutoTokenizer.from_pretrained(published), torch.device("cpu")
+    wrapper.cls_token_id, wrapper.pad_token_id = model.processor.cls_token_id, wrapper.tokenizer.pad_token_id
+    wrapper.max_length = 80
+    documents = [document for document in tiny.DOCUMENTS if isinstance(document, str)]
+    inputs = wrapper.process_inputs([wrapper.format_instruction(None, tiny.QUERY, each) for each in documents])
+
+    backbone = AutoModel.from_pretrained(published).eval()
+    assert type(backbone) is type(model.model)
+    with torch.inference_mode():
+        states = backbone(**inputs).last_hidden_state[:, -1].double().numpy()
+    head = {key: tensor.double().numpy() for key, tensor in tiny.read_tensors(published).items() if "head." in key}
+    scores = tiny.softmax_difference(states @ head["head.weight"].T + head["head.bias"])
+    assert model.predict(tiny.pairs(documents)).tolist() == pytest.approx(scores, abs=1e-4)
+    assert np.ptp(scores) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_publishes_in_the_dtype_asked_for(saved_folder, model, tmp_path, dtype):
+    published = publish_checkpoint(saved_folder, tmp_path / "published", dtype)
+    expected = {
+        key: tensor if key.endswith("e_score_correction_bias") else tensor.to(getattr(torch, dtype))
+        for key, tensor in tiny.published_tensors(model).items()
+    }
+    assert_equal_tensors(tiny.read_tensors(published), expected)
+    assert json.loads((published / "config.json").read_text())["dtype"] == dtype
+    # Which it keeps from there on.
+    again = publish_checkpoint(published, tmp_path / "again")
+    assert_equal_tensors(tiny.read_tensors(again), expected)
+    assert QueritForSequenceRanking.from_pretrained(again).dtype == getattr(torch, dtype)
+
+
+def test_training_goes_on_from_what_is_published(published, model):
+    """As a reranker: of a plain decoder the head would begin at zero."""
+    reranker = load_for_training(published)
+    assert_equal_tensors(reranker.state_dict(), model.state_dict())
+    scores = reranker.predict(tiny.pairs())
+    assert torch.equal(scores, model.predict(tiny.pairs()))
+
+    decoder = published.parent / "decoder"
+    plain = copy.deepcopy(model.model)
+    plain.save_pretrained(decoder)
+    model.processor.tokenizer.save_pretrained(decoder)
+    assert load_for_training(decoder).predict(tiny.pairs()).tolist() == [0.0] * len(scores)
+
+
+def test_publishing_overwrites_nothing(saved_folder, tmp_path):
+    (tmp_path / "destination").mkdir()
+    (tmp_path / "destination" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="destination exists"):
+        publish_checkpoint(saved_folder, tmp_path / "destination")
+    assert [path.name for path in (tmp_path / "destination").iterdir()] == ["notes.txt"]
+
+
+def lacking_the_head(folder):
+    tensors = tiny.read_tensors(folder)
+    del tensors["score.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def lacking_the_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [lacking_the_head, cut_short, lacking_the_tokenizer])
+def test_nothing_is_published_of_a_damaged_checkpoint(saved_folder, tmp_path, damage):
+    source = Path(shutil.copytree(saved_folder, tmp_path / "source"))
+    damage(source)
+    with pytest.raises((ValueError, OSError)):
+        publish_checkpoint(source, tmp_path / "published")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def run(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", *map(str, argv)])
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+def test_command_for_the_published_layout(capsys, model, saved_folder, tmp_path):
+    code, out, _ = run(capsys, saved_folder, tmp_path / "new", "--to", "published", "--dtype", "float32")
+    assert (code, out) == (0, f"Wrote {tmp_path / 'new'}\n")
+    assert_equal_tensors(tiny.read_tensors(tmp_path / "new"), tiny.published_tensors(model))
+
+
+def test_command_for_a_layout_that_is_none(capsys, saved_folders, tmp_path):
+    code, out, err = run(capsys, saved_folders("qwen3"), tmp_path / "new", "--to", "onnx")
+    assert (code, out) == (2, "")
+    assert "'onnx' is not" in err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,258 @@
+"""Several rerankers as one: stage 3 of the method, SLERP of checkpoints adapted to different tasks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..environment import environment
+from ..files import sha256, write_json
+from ..folder_querit import write_folder_files
+from .cards import merged_card
+from .parents import Parent, check_alike, check_trained, open_parent
+from .schedule import Schedule
+from .spherical import METHODS, add_up, gram_of
+from .streaming import Spec, dtype_named, is_routing_bias, row_slices, write_weights
+from .writing import check_new, whole_folder
+
+RECORD_FILE = "merge.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is merged, and how.
+
+    Args:
+        models: Two or more: "mini", folders, repositories, LoRA adapters.
+        method: "slerp" (the spherical mean), "linear" or "task_arithmetic".
+        t: For two models: the way from the first (0) to the second (1), as in `Schedule.of_t`; 0.5 by default.
+        weights: For any number of models, instead of `t`, as in `Schedule.of_weights`; equal by default.
+        base: For "task_arithmetic": what the models were trained from.
+        scale: For "task_arithmetic": of the sum of task vectors.
+        dtype: Of the result: "auto" (that of the models), "float32", "bfloat16" or "float16".
+
+    Raises:
+        ValueError: if these do not go together.
+    """
+
+    models: Sequence[str]
+    method: str = "slerp"
+    t: Sequence[str] = ()
+    weights: Sequence[str] = ()
+    base: str | None = None
+    scale: float = 1.0
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("models", "t", "weights"):
+            texts = getattr(self, name)
+            if not isinstance(texts, list | tuple) or not all(isinstance(text, str | os.PathLike) for text in texts):
+                raise ValueError(f"{name} is {texts!r}: give a list of texts.")
+        if len(self.models) < 2:
+            raise ValueError(
+                f"There is nothing to merge {', '.join(self.models) or 'it'} with: name two models or more."
+            )
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}: choose from {', '.join(METHODS)}.")
+        if (self.method == "task_arithmetic") != (self.base is not None):
+            raise ValueError("base goes with task_arithmetic, and task_arithmetic with the base the models come from.")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale is {self.scale}: give a number.")
+        if self.scale != 1 and self.base is None:
+            raise ValueError("scale is that of task vectors: it goes with task_arithmetic.")
+        if self.t and (self.weights or len(self.models) != 2):
+            raise ValueError("t is the way from one model to another: for more than two, give weights instead.")
+        dtype_named(self.dtype)
+
+    @classmethod
+    def load(cls, path: str | Path, **changes: Any) -> Recipe:
+        """From a `merge.json`, or from JSON with the same keys; what is given in `changes` takes precedence.
+
+        Raises:
+            OSError: if there is no such file.
+            ValueError: if it is no recipe.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**found.get("recipe", found) | changes)
+        except (AttributeError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no recipe ({error}): give JSON with the keys of merge.json.") from None
+
+    def published(self) -> dict[str, Any]:
+        """For a record that may leave this machine: folders by their last name alone."""
+        models, base = [_public_name(each) for each in self.models], self.base and _public_name(self.base)
+        return asdict(self) | {"models": models, "base": base}
+
+    def schedule(self, layers: int) -> Schedule:
+        """The weights of the models, by tensor."""
+        if self.weights or len(self.models) > 2:
+            return Schedule.of_weights(self.weights, len(self.models), layers)
+        return Schedule.of_t(self.t, layers)
+
+
+def _public_name(name: str | Path) -> str:
+    return Path(name).resolve().name if Path(name).is_dir() else str(name)
+
+
+def merge_checkpoints(
+    recipe: Recipe, destination: str | Path, *, max_shard_size: int | str = "5GB", show_progress_bar: bool | None = None
+) -> Path:
+    """Merge rerankers into one folder that loads everywhere, with `merge.json` and a card.
+
+    Weights are read and written in parts: memory does not grow with the models. The arithmetic is in float32. The
+    folder is written aside and then renamed: it is whole, or not there.
+
+    Args:
+        recipe: What is merged, and how.
+        destination: A folder that does not exist yet, or is empty.
+        max_shard_size: Bytes of one weight file.
+        show_progress_bar: By default only on a terminal.
+
+    Raises:
+        OSError: if there is something at the destination, it cannot be written, or a model is not found.
+        ValueError: if models differ in architecture, vocabulary, tensors or shapes, hold NaN, or have an untrained
+            head; the message names the tensor.
+
+    Example:
+        ```python
+        >>> merge_checkpoints(Recipe(["law", "medicine"], t=["0.4"]), "merged").name
+        'merged'
+        ```
+    """
+    destination = check_new(destination)
+    with opened(recipe) as merger, whole_folder(destination) as folder:
+        merger.write(folder, recipe, destination.name, max_shard_size, show_progress_bar)
+    return destination
+
+
+@contextmanager
+def opened(recipe: Recipe) -> Iterator[Merger]:
+    """The models of a recipe, checked, ready to be merged any number of times."""
+    with tempfile.TemporaryDirectory(prefix="querit-merge-") as aside:
+        # The base first: that is where task arithmetic looks for it.
+        names = [*([recipe.base] if recipe.base else []), *recipe.models]
+        parents = [open_parent(str(name), Path(aside)) for name in names]
+        check_alike(parents)
+        for parent in parents[-len(recipe.models) :]:
+            check_trained(parent)
+        yield Merger(parents)
+
+
+@dataclass
+class Merger:
+    """Models to be merged; what is computed of their tensors is kept for the next merge.
+
+    Args:
+        parents: The base, if there is one, and the models.
+    """
+
+    parents: list[Parent]
+    _grams: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
+
+    def write(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        name: str,
+        max_shard_size: int | str = "5GB",
+        show_progress_bar: bool | None = None,
+    ) -> None:
+        """Write the models, merged, to a folder.
+
+        Args:
+            folder: Where; it exists, and is empty.
+            recipe: With these models and base.
+            name: Of the merged model, in its card.
+            max_shard_size: Bytes of one weight file.
+            show_progress_bar: By default only on a terminal.
+        """
+        first = self.parents[0]
+        config = copy.deepcopy(first.model.config)
+        schedule = recipe.schedule(config.text_config.num_hidden_layers)
+        weights = {key: schedule.weights(key) for key in first.tensors}
+        specs = {key: Spec(self._dtype_of(key, recipe), tensor.shape) for key, tensor in first.tensors.items()}
+        hidden = None if show_progress_bar is None else not show_progress_bar
+        size = sum(spec.nbytes for spec in specs.values())
+        with (
+            ThreadPoolExecutor(1) as beside,
+            tqdm(total=size, unit="B", unit_scale=True, desc="Merging", disable=hidden, leave=False) as bar,
+        ):
+            # Hashing takes about as long as merging, on another core.
+            provenance = beside.submit(lambda: self._provenance)
+            chunks_of = partial(self._merged_chunks, recipe=recipe, weights=weights, specs=specs, bar=bar)
+            write_weights(folder, specs, chunks_of, max_shard_size)
+            record = {"recipe": recipe.published(), "parents": provenance.result(), **environment()}
+        write_json(record, folder / RECORD_FILE)
+        (folder / "README.md").write_text(merged_card(name, record["recipe"]), encoding="utf-8")
+        config.dtype = config.text_config.dtype = specs["score.weight"].dtype
+        config.save_pretrained(folder)
+        write_folder_files(first.model, folder)
+
+    def _dtype_of(self, key: str, recipe: Recipe) -> torch.dtype:
+        stored = {parent.tensors[key].dtype for parent in self.parents}
+        for parent in self.parents:
+            dtype = parent.tensors[key].dtype
+            if not dtype.is_floating_point or dtype.itemsize == 1:
+                raise ValueError(f"{key} of {parent.name} is stored as {dtype}: quantized weights cannot be merged.")
+        if recipe.dtype == "auto" or is_routing_bias(key):
+            return functools.reduce(torch.promote_types, stored)
+        return dtype_named(recipe.dtype)
+
+    def _merged_chunks(
+        self, key: str, recipe: Recipe, weights: dict[str, torch.Tensor], specs: dict[str, Spec], bar: tqdm
+    ) -> Iterator[torch.Tensor]:
+        slices = list(row_slices(specs[key].shape))
+        # What fits in one part is read once, what is longer twice: the second time from the system's cache.
+        held = self._read(key, slices[0]) if len(slices) == 1 else None
+        factors = _factors(self._gram(key, held), weights[key], recipe)
+        for rows in slices:
+            merged = add_up(held or self._read(key, rows), factors).to(specs[key].dtype)
+            if specs[key].dtype == torch.float16 and not merged.isfinite().all():
+                raise ValueError(f"{key} has numbers that float16 cannot hold: merge in bfloat16 or float32.")
+            bar.update(merged.nbytes)
+            yield merged
+
+    def _gram(self, key: str, held: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Dot products of the parents' tensors, (parents, parents), float64; computed once."""
+        if key not in self._grams:
+            slices = row_slices(self.parents[0].tensors[key].shape)
+            gram = sum(map(gram_of, [held] if held else (self._read(key, rows) for rows in slices)))
+            self._check_finite(key, gram)
+            self._grams[key] = gram
+        return self._grams[key]
+
+    def _read(self, key: str, rows: slice) -> list[torch.Tensor]:
+        return [parent.tensors[key].read(rows).to(torch.float32) for parent in self.parents]
+
+    def _check_finite(self, key: str, gram: torch.Tensor) -> None:
+        for parent, square in zip(self.parents, gram.diagonal().tolist(), strict=True):
+            if not square < float("inf"):
+                raise ValueError(f"{key} of {parent.name} holds NaN or infinite numbers.")
+
+    @cached_property
+    def _provenance(self) -> list[dict[str, Any]]:
+        return [
+            {"name": _public_name(parent.name), "sha256": {path.name: sha256(path) for path in parent.files}}
+            for parent in self.parents
+        ]
+
+
+def _factors(gram: torch.Tensor, weights: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """What the parents are added up with, (parents,); the base, if there is one, comes first."""
+    if recipe.base is None:
+        return METHODS[recipe.method](gram, weights)
+    return METHODS[recipe.method](gram, torch.cat([weights.new_zeros(1), weights]), recipe.scale)

@@ -1,0 +1,176 @@
+"""Rerankers as tensors by name, whatever they are stored as: our layout, published ones, LoRA adapters."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from ..modeling_querit import QueritForSequenceRanking
+from .adapters import ADAPTER_CONFIG, adapted_tensors, base_of
+from .loading import is_reranker, load_for_training
+from .mini import BASE_NAME, MINI_NAME, default_model_path
+from .streaming import LazyTensor, StoredTensor, open_weights
+from .writing import write_whole
+
+# What loading needs: no pickles, no logs, no images.
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+_UNUSED_KEY = re.compile(r"^lm_head\.|rotary_emb\.inv_freq$")
+# What two configs of one architecture may differ in.
+_FREE = {
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "transformers_version",
+    "use_cache",
+    "architectures",
+    "_attn_implementation",
+}
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A reranker whose tensors are read as they are needed.
+
+    Args:
+        name: As it was given.
+        model: The same with tensors of no content, for its config and tokenizer.
+        tensors: By the keys of our layout.
+        files: What it was read from, for its hashes.
+    """
+
+    name: str
+    model: QueritForSequenceRanking
+    tensors: dict[str, LazyTensor]
+    files: tuple[Path, ...]
+
+
+def open_parent(name: str, aside: Path) -> Parent:
+    """A reranker by its name: "mini", a folder, a repository, or an adapter, whose base is looked up by its config.
+
+    Args:
+        name: The name.
+        aside: A folder for what has to be written down before it can be read: plain decoders that adapters are for.
+
+    Raises:
+        OSError: if there is no such model, or it has no safetensors files.
+        ValueError: if the checkpoint is damaged, or lacks a weight.
+    """
+    folder = _folder_of(name)
+    if (folder / ADAPTER_CONFIG).exists():
+        base = _open_base(base_of(folder), aside)
+        files = (*base.files, *(path for path in (folder / ADAPTER_CONFIG, *folder.glob("*.safetensors"))))
+        return Parent(name, base.model, adapted_tensors(folder, base.tensors), files)
+    stored = open_weights(folder)
+    # Loading without content checks that every weight is there, and has the shape that the config asks for.
+    model = QueritForSequenceRanking.from_pretrained(folder, device_map="meta")
+    try:
+        _ = model.processor
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} has no tokenizer that could be read: {error}") from error
+    files = {tensor.path for tensor in stored.values()} | {folder / "config.json"}
+    return Parent(name, model, _in_our_layout(stored), tuple(sorted(files)))
+
+
+def _folder_of(name: str) -> Path:
+    if name == MINI_NAME:
+        return default_model_path()
+    folder = Path(name)
+    if folder.is_dir():
+        known = [each for each in ("config.json", ADAPTER_CONFIG) if (folder / each).exists()]
+        inside = [each for each in ("model", "adapter") if (folder / each).is_dir()]
+        if not known:
+            hint = f": name {folder / inside[0]}" if inside else ""
+            raise FileNotFoundError(f"{name} holds no config.json and no {ADAPTER_CONFIG}{hint}.")
+        return folder
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_FILES), ignore_patterns=["*/*"]))
+    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise OSError(f"{name} is no folder, and no repository that could be reached: {error}") from error
+
+
+def _open_base(name: str, aside: Path) -> Parent:
+    """The reranker that an adapter was trained on; a plain decoder becomes one, with a head that the adapter brings."""
+    if name != BASE_NAME and _is_reranker(name):
+        return open_parent(name, aside)
+    folder = aside / re.sub(r"\W+", "-", os.fspath(name))
+    if not folder.exists():
+        write_whole(load_for_training(name), folder)
+    return open_parent(str(folder), aside)
+
+
+def _is_reranker(name: str) -> bool:
+    if name == MINI_NAME or (Path(name) / ADAPTER_CONFIG).exists():
+        return True
+    return is_reranker(name)
+
+
+def _in_our_layout(stored: dict[str, StoredTensor]) -> dict[str, LazyTensor]:
+    """Under the keys that `save_pretrained` writes: published heads are called `head`, backbones have no prefix."""
+    renamed = {}
+    for key, tensor in stored.items():
+        if _UNUSED_KEY.search(key):
+            continue
+        key = re.sub(r"^head\.", "score.", key)
+        renamed[key if key.startswith(("model.", "score.")) else f"model.{key}"] = tensor
+    return renamed
+
+
+def check_alike(parents: Sequence[Parent]) -> None:
+    """Raise a ValueError unless the parents are of one architecture, with one vocabulary."""
+    first = parents[0]
+    for other in parents[1:]:
+        _check_configs(first, other)
+        _check_vocabularies(first, other)
+        _check_tensors(first, other)
+
+
+def _check_configs(first: Parent, other: Parent) -> None:
+    ours, theirs = (each.model.config.text_config.to_dict() for each in (first, other))
+    for key in sorted((ours.keys() | theirs.keys()) - _FREE):
+        if ours.get(key) != theirs.get(key):
+            raise ValueError(
+                f"{other.name} has {key} {theirs.get(key)!r}, {first.name} {ours.get(key)!r}: only models of one "
+                "architecture can be merged."
+            )
+
+
+def _check_vocabularies(first: Parent, other: Parent) -> None:
+    ours, theirs = (each.model.processor.tokenizer.get_vocab() for each in (first, other))
+    if differing := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
+        token = differing[0]
+        raise ValueError(
+            f"{other.name} has another vocabulary than {first.name}: {token!r} is {theirs.get(token)}, not "
+            f"{ours.get(token)}, and {len(differing) - 1} more differ. Rows of embeddings would be mixed up."
+        )
+
+
+def _check_tensors(first: Parent, other: Parent) -> None:
+    for one, two in ((first, other), (other, first)):
+        if missing := sorted(one.tensors.keys() - two.tensors.keys()):
+            raise ValueError(f"{two.name} lacks {missing[0]} (and {len(missing) - 1} more), which {one.name} has.")
+    for key, tensor in first.tensors.items():
+        if other.tensors[key].shape != tensor.shape:
+            raise ValueError(
+                f"{key} has shape {other.tensors[key].shape} in {other.name}, but {tensor.shape} in {first.name}."
+            )
+
+
+def check_trained(parent: Parent) -> None:
+    """Raise a ValueError if the head of a parent scores everything alike."""
+    weight = parent.tensors["score.weight"].read(slice(0, 2)).float()
+    if torch.equal(weight[0], weight[1]):
+        raise ValueError(
+            f"The head of {parent.name} was never trained: the rows of score.weight are equal, so all scores are."
+        )

@@ -1,0 +1,398 @@
+"""Weights read and written in parts, against safetensors' own reading."""
+
+import json
+import math
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_parents import bits, whole
+
+from modeling_querit import QueritForSequenceRanking
+from modeling_querit.checkpoints import streaming
+from modeling_querit.checkpoints.streaming import (
+    INDEX_FILE,
+    HeldTensor,
+    Spec,
+    copy_weights,
+    dtype_named,
+    is_routing_bias,
+    open_weights,
+    row_slices,
+    write_weights,
+)
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
+SHAPES = [(), (0,), (1,), (1, 1, 1), (7,), (3, 5), (5, 0), (0, 5), (2, 3, 5)]
+CHUNKS = st.integers(1, 30)
+
+
+def make(dtype, shape, seed=0):
+    """Entries of any bits: NaN, infinities and what else there is."""
+    generator = torch.Generator().manual_seed(seed)
+    high = 2 if dtype is torch.bool else 256
+    raw = torch.randint(high, (math.prod(shape) * dtype.itemsize,), generator=generator).to(torch.uint8)
+    return raw.view(dtype).reshape(shape)
+
+
+def specs_of(tensors):
+    return {key: Spec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+
+
+def write(folder, tensors, chunk=None, **options):
+    """Through `write_weights`, in parts of about `chunk` entries."""
+
+    def chunks_of(key):
+        for rows in row_slices(tensors[key].shape, chunk):
+            yield tensors[key][rows] if tensors[key].shape else tensors[key]
+
+    write_weights(folder, specs_of(tensors), chunks_of, **options)
+    return folder
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert (found[key].dtype, found[key].shape) == (tensor.dtype, tensor.shape), key
+        assert bits(found[key]) == bits(tensor), key
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The sizes of all reads from files that are opened as paths."""
+    sizes = []
+    open_path = Path.open
+
+    class Counting:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def read(self, size=-1):
+            data = self.file.read(size)
+            sizes.append(len(data))
+            return data
+
+        def readinto(self, buffer):
+            count = self.file.readinto(buffer)
+            sizes.append(len(buffer))
+            return count
+
+    def counting_open(path, mode="r", *args, **kwargs):
+        file = open_path(path, mode, *args, **kwargs)
+        return Counting(file) if mode == "rb" else file
+
+    monkeypatch.setattr(Path, "open", counting_open)
+    return sizes
+
+
+# Writing
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_and_shape_is_read_by_safetensors(dtype, tmp_path):
+    tensors = {str(shape): make(dtype, shape, seed) for seed, shape in enumerate(SHAPES)}
+    write(tmp_path, tensors, chunk=4)
+    assert_same(load_file(tmp_path / "model.safetensors"), tensors)
+    assert_same({key: whole(tensor) for key, tensor in open_weights(tmp_path).items()}, tensors)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(DTYPES), st.sampled_from(SHAPES)), min_size=1, max_size=8),
+    CHUNKS,
+    st.sampled_from([1, 40, 200, "5GB"]),
+)
+def test_whatever_is_written_is_read_by_safetensors(tmp_path_factory, kinds, chunk, max_shard_size):
+    folder = tmp_path_factory.mktemp("written")
+    tensors = {f"{place}.weight": make(*kind, seed=place) for place, kind in enumerate(kinds)}
+    write(folder, tensors, chunk, max_shard_size=max_shard_size)
+    assert_same(tiny.read_tensors(folder), tensors)
+    assert_same({key: whole(tensor) for key, tensor in open_weights(folder).items()}, tensors)
+    # Each tensor lies where a reader that maps the file wants it.
+    for tensor in open_weights(folder).values():
+        assert tensor.offset % tensor.dtype.itemsize == 0
+
+
+def test_keys_of_any_characters(tmp_path):
+    tensors = {'a"b\\c': make(torch.int8, (3,)), "ключ.重み": make(torch.float32, (2, 2)), " ": make(torch.bool, (1,))}
+    write(tmp_path, tensors)
+    assert_same(load_file(tmp_path / "model.safetensors"), tensors)
+    assert_same({key: whole(tensor) for key, tensor in open_weights(tmp_path).items()}, tensors)
+
+
+def test_shards_are_as_large_as_they_may_be_and_indexed(tmp_path):
+    tensors = {f"{place}.weight": make(torch.float32, (rows, 8)) for place, rows in enumerate([4, 4, 1, 100, 4, 9, 2])}
+    write(tmp_path, tensors, max_shard_size=300)
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert index["weight_map"].keys() == tensors.keys()
+    names = sorted(set(index["weight_map"].values()))
+    assert names == [f"model-{place + 1:05}-of-{len(names):05}.safetensors" for place in range(len(names))]
+    assert len(names) > 2
+    for name in names:
+        held = load_file(tmp_path / name)
+        assert held.keys() == {key for key, each in index["weight_map"].items() if each == name}
+        assert len(held) == 1 or sum(tensor.nbytes for tensor in held.values()) <= 300
+
+
+def test_one_file_has_no_index(tmp_path):
+    write(tmp_path, {"a": make(torch.float32, (3,))})
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("counts", [[], [2], [2, 1], [2, 3], [4, 1]])
+def test_a_wrong_count_of_entries_names_the_tensor(counts, tmp_path):
+    specs = {"a.weight": Spec(torch.float32, (4,))}
+    with pytest.raises(ValueError, match=r"a\.weight has \d+ bytes, not the 16 of its shape \(4,\)"):
+        write_weights(tmp_path, specs, lambda key: [torch.zeros(count) for count in counts])
+
+
+def test_a_wrong_dtype_names_the_tensor(tmp_path):
+    specs = {"a.weight": Spec(torch.float32, (4,))}
+    with pytest.raises(ValueError, match=r"a\.weight is to be written in torch\.float32, not in torch\.float16"):
+        write_weights(tmp_path, specs, lambda key: [torch.zeros(4, dtype=torch.float16)])
+
+
+def test_parts_may_lie_anyhow_in_memory(tmp_path):
+    tensor = make(torch.float32, (6, 4))
+    specs = {"a": Spec(torch.float32, (6, 4))}
+    write_weights(tmp_path, specs, lambda key: [tensor.T.contiguous().T[:2], tensor[2:3, :], tensor[3:]])
+    assert bits(load_file(tmp_path / "model.safetensors")["a"]) == bits(tensor)
+
+
+def test_a_size_of_shards_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="many"):
+        write(tmp_path, {"a": make(torch.float32, (3,))}, max_shard_size="many")
+
+
+# Copying
+
+
+def copy_of(folder, destination, **options):
+    shutil.copytree(folder, destination, ignore=shutil.ignore_patterns("*.safetensors"))
+    copy_weights(destination, open_weights(folder), **options)
+    return destination
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", 20_000])
+def test_copies_are_loaded_by_transformers(model, saved_folder, tmp_path, max_shard_size):
+    copy = copy_of(saved_folder, tmp_path / "copy", max_shard_size=max_shard_size)
+    assert (len(list(copy.glob("*.safetensors"))) > 1) == (max_shard_size == 20_000)
+    assert_same(tiny.read_tensors(copy), tiny.read_tensors(saved_folder))
+    assert_same(QueritForSequenceRanking.from_pretrained(copy).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_copies_in_another_dtype(saved_folder, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(streaming, "CHUNK", 50)
+    expected = {
+        key: tensor if key.endswith("e_score_correction_bias") else tensor.to(dtype)
+        for key, tensor in tiny.read_tensors(saved_folder).items()
+    }
+    copy_weights(tmp_path, open_weights(saved_folder), dtype)
+    assert_same(tiny.read_tensors(tmp_path), expected)
+
+
+def test_routing_biases_are_told_by_their_keys(saved_folder, architecture):
+    found = [key for key in tiny.read_tensors(saved_folder) if is_routing_bias(key)]
+    expected = {"qwen3": [], "deepseek_v3": ["model.layers.1.mlp.gate.e_score_correction_bias"]}
+    assert found == expected[architecture]
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 1000])
+def test_no_more_than_a_part_is_held_at_a_time(tmp_path, monkeypatch, reads, chunk):
+    tensors = {"a": make(torch.float32, (300, 16)), "b": make(torch.float16, (5000,)), "c": make(torch.int8, (2, 30))}
+    write(tmp_path, tensors)
+    stored = open_weights(tmp_path)
+    reads.clear()
+    monkeypatch.setattr(streaming, "CHUNK", chunk)
+    (tmp_path / "copy").mkdir()
+    copy_weights(tmp_path / "copy", stored)
+    assert sum(reads) == sum(tensor.nbytes for tensor in tensors.values())
+    # A whole row of the first tensor is 64 bytes.
+    assert max(reads) <= max(4 * chunk, 64)
+    assert_same(tiny.read_tensors(tmp_path / "copy"), tensors)
+
+
+def test_opening_reads_headers_alone(tmp_path, reads):
+    write(tmp_path, {"a": make(torch.float32, (100_000,))})
+    open_weights(tmp_path)
+    assert 0 < sum(reads) < 1000
+
+
+# Reading
+
+
+@given(st.sampled_from(DTYPES), st.lists(st.integers(1, 6), min_size=1, max_size=3), st.data())
+def test_rows_are_those_of_safetensors(tmp_path_factory, dtype, shape, data):
+    folder = tmp_path_factory.mktemp("stored")
+    tensors = {name: make(dtype, shape, seed) for seed, name in enumerate("abc")}
+    save_file(tensors, folder / "model.safetensors")
+    start = data.draw(st.integers(0, shape[0]))
+    stop = data.draw(st.integers(start, shape[0]))
+    for key, tensor in open_weights(folder).items():
+        found = tensor.read(slice(start, stop))
+        assert (found.dtype, found.shape) == (dtype, tensors[key][start:stop].shape)
+        assert bits(found) == bits(tensors[key][start:stop])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_held_tensors_are_read_as_stored_ones(shape, tmp_path):
+    tensor = make(torch.float32, shape)
+    save_file({"a": tensor}, tmp_path / "model.safetensors")
+    stored, held = open_weights(tmp_path)["a"], HeldTensor(tensor)
+    assert (held.dtype, held.shape) == (stored.dtype, stored.shape)
+    for rows in row_slices(shape, 2):
+        assert bits(held.read(rows)) == bits(stored.read(rows))
+
+
+def test_what_is_read_is_ones_own(tmp_path):
+    tensor = make(torch.float32, (4, 2))
+    save_file({"a": tensor}, tmp_path / "model.safetensors")
+    held, stored = HeldTensor(tensor.clone()), open_weights(tmp_path)["a"]
+    for each in (held, stored):
+        each.read(slice(1, 3)).zero_()
+        assert bits(whole(each)) == bits(tensor)
+
+
+@given(st.lists(st.integers(0, 7), max_size=4), CHUNKS)
+def test_slices_cover_every_row_once(shape, chunk):
+    slices = list(row_slices(shape, chunk))
+    if not shape:
+        assert slices == [slice(0, 1)]
+        return
+    assert [row for rows in slices for row in range(shape[0])[rows]] == list(range(shape[0]))
+    entries = math.prod(shape[1:])
+    assert all(rows.stop - rows.start == 1 or (rows.stop - rows.start) * entries <= chunk for rows in slices)
+    # No more parts than it takes.
+    if entries and shape[0]:
+        assert len(slices) == math.ceil(shape[0] / max(1, chunk // entries))
+
+
+def test_slices_are_of_the_usual_size_by_default(monkeypatch):
+    monkeypatch.setattr(streaming, "CHUNK", 10)
+    assert list(row_slices((5, 4))) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    monkeypatch.undo()
+    assert list(row_slices((5, 4))) == [slice(0, 5)]
+
+
+# Damaged folders
+
+
+@pytest.fixture
+def shards(tmp_path):
+    (tmp_path / "shards").mkdir()
+    tensors = {f"{place}.weight": make(torch.float32, (4, 8), place) for place in range(4)}
+    return write(tmp_path / "shards", tensors, max_shard_size=300)
+
+
+def test_a_missing_shard_is_named(shards):
+    (shards / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002\.safetensors is missing"):
+        open_weights(shards)
+
+
+@pytest.mark.parametrize("left", [0, 4, 8, 40, -1])
+def test_a_cut_file_is_named(shards, left):
+    path = shards / "model-00001-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors is damaged or cut short"):
+        open_weights(shards)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
+    write(tmp_path, {"a": make(torch.float32, (100,))})
+    stored = open_weights(tmp_path)["a"]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model\.safetensors is cut short"):
+        whole(stored)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": ""}}', "ü"]
+)
+def test_a_damaged_index_is_named(shards, content):
+    (shards / INDEX_FILE).write_bytes(content.encode("latin-1"))
+    with pytest.raises((ValueError, OSError), match=r"model\.safetensors\.index\.json|shards"):
+        open_weights(shards)
+
+
+def test_an_unknown_dtype_is_named(tmp_path):
+    header = json.dumps({"a.weight": {"dtype": "U16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(ValueError, match=r"model\.safetensors: a\.weight has dtype U16, which is not read"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "deep/../../outside.safetensors", "{}/outside.safetensors"])
+def test_an_index_does_not_lead_out_of_the_folder(tmp_path, name):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "outside.safetensors")
+    weight_map = {"a": name.replace("{}", str(tmp_path))}
+    (inside / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        open_weights(inside)
+    save_file({"a": torch.zeros(2)}, inside / "outside.safetensors")
+    assert open_weights(inside)["a"].path.resolve().parent == inside.resolve()
+
+
+def test_a_folder_without_safetensors(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match="holds no safetensors files: weights in other formats are not read"):
+        open_weights(tmp_path)
+
+
+def test_what_transformers_would_load_is_what_is_read(saved_folder, tmp_path):
+    """Beside `model.safetensors`: an index of older shards, and weights in another layout."""
+    folder = tmp_path / "folder"
+    shutil.copytree(saved_folder, folder)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"score.bias": "old.safetensors"}}))
+    save_file({"score.bias": torch.full((2,), 9.0)}, folder / "old.safetensors")
+    save_file({"layers.0.attention.wq.weight": torch.ones(2)}, folder / "consolidated.safetensors")
+    loaded = QueritForSequenceRanking.from_pretrained(folder)
+    stored = open_weights(folder)
+    assert bits(whole(stored["score.bias"])) == bits(loaded.score.bias.detach())
+    assert stored.keys() == tiny.read_tensors(saved_folder).keys()
+
+
+# Names of dtypes
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("auto", None), ("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_dtypes_by_name(name, dtype):
+    assert dtype_named(name) is dtype
+
+
+@pytest.mark.parametrize("name", ["fp16", "int8", "", "Float32", "nn", None])
+def test_an_unknown_name_of_a_dtype(name):
+    with pytest.raises(ValueError, match="choose auto, float32, bfloat16 or float16"):
+        dtype_named(name)
