@@ -12,7 +12,7 @@ rerank: $(VENV)/.installed
 	@$(BIN)/querit rerank --query "$$QUERY" "$$DOCS"
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

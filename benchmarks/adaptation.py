@@ -22,6 +22,7 @@ from rich.table import Table
 from modeling_querit.adaptation.measuring import evaluate
 from modeling_querit.adaptation.pipeline import Adaptation
 from modeling_querit.adaptation.settings import AdaptSettings
+from modeling_querit.environment import environment
 from modeling_querit.files import write_json, write_jsonl
 from modeling_querit.training.calibration import Teachers
 from modeling_querit.training.reading import read_rows
@@ -122,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in args.collections or COLLECTIONS:
         print(f"{name}:", file=sys.stderr)
         rows += measured(name, args)
-    write_json({"rows": rows, "settings": vars(args)}, args.json)
+    recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
+    write_json({"rows": rows, "recipe": recipe | {"output_dir": None}, **environment()}, args.json)
     print_rows(rows, [*COLUMNS, *(ABLATIONS if args.ablation else ())])
 
 

@@ -8,7 +8,6 @@ column is what the best order of the same candidates would get. With --int8, the
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -18,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from modeling_querit.checkpoints.loading import load_model
+from modeling_querit.environment import environment
 from modeling_querit.evaluation.comparison import Candidates, by_score, first_stage_candidates, judged_queries
 from modeling_querit.evaluation.metrics import mean, ndcg
+from modeling_querit.files import write_json
 from modeling_querit.retrieval.bm25 import BM25
 from modeling_querit.retrieval.collection import Collection
 
@@ -107,7 +108,9 @@ def main() -> None:
         table.add_row(name, str(len(queries)), str(pairs), *cells, f"{speed:.1f}")
     Console(width=120).print(table)
     if args.json:
-        args.json.write_text(json.dumps({"settings": vars(args), "rows": rows}, indent=2, default=str) + "\n")
+        # Settings, not places: the figures are for others too.
+        settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+        write_json({"settings": settings, "rows": rows, **environment()}, args.json)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tests run side by side, and so do the processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
