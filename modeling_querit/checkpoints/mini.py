@@ -95,7 +95,8 @@ def _assemble(folder: Path) -> None:
         shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
     # In float32: merged into bfloat16 weights, small updates of the adapter would be rounded away.
     model = PeftModel.from_pretrained(base_model(), ADAPTER).merge_and_unload()
-    write_whole(model, folder, card=(ADAPTER / "README.md").read_text(encoding="utf-8"))
+    card = (ADAPTER / "README.md").read_text(encoding="utf-8")
+    write_whole(model, folder, card=card.replace("{name}", folder.name))
 
 
 def _outdated_code(folder: Path) -> list[Path]:

@@ -1,0 +1,160 @@
+"""upload.py from end to end, against a Hub of this machine, and what a stranger gets from there."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from hub_server import HubServer
+
+from modeling_querit.release.reference import REFERENCE_FILE, TOLERANCE, check_scores, record_scores
+
+ROOT = Path(__file__).parents[2]
+NAME = "someone/reranker"
+CARD = """---
+license: mit
+library_name: transformers
+pipeline_tag: text-ranking
+base_model: someone/base
+language: [en]
+tags: [reranker, querit]
+---
+# A reranker
+"""
+
+pytest.importorskip("sentence_transformers")
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer({"hf_good": "someone"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def recorded(saved_folders, tmp_path_factory):
+    """A folder with a card and recorded scores. Tests copy before they change anything."""
+    folder = shutil.copytree(saved_folders("deepseek_v3"), tmp_path_factory.mktemp("release") / "reranker")
+    (folder / "README.md").write_text(CARD)
+    record_scores(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(recorded, tmp_path):
+    return shutil.copytree(recorded, tmp_path / "reranker")
+
+
+def upload(hub, home, *arguments):
+    command = [sys.executable, str(ROOT / "upload.py"), *map(str, arguments)]
+    return subprocess.run(command, env=hub.environment(home, "hf_good"), capture_output=True, text=True, check=False)
+
+
+def test_the_whole_way(hub, recorded, tmp_path):
+    """Check, plan, dry run, upload; then a fresh process with an empty cache loads it by its name."""
+    arguments = [recorded, "--repo-id", NAME, "--tag", "v1.0"]
+    tried = upload(hub, tmp_path / "home", *arguments, "--dry-run")
+    assert tried.returncode == 0, tried.stderr
+    assert "model.safetensors" in tried.stdout
+    assert NAME not in hub.repos
+
+    done = upload(hub, tmp_path / "home", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "all" in done.stdout.splitlines()[-2]
+    repo = hub.repos[NAME]
+    sent = {path.name: path.read_bytes() for path in recorded.iterdir()}
+    assert {name: content for name, content in repo.files("v1.0").items() if name != ".gitattributes"} == sent
+
+    program = f"""
+import json, sys
+sys.modules["modeling_querit"] = None
+from transformers import AutoModel
+from sentence_transformers import CrossEncoder
+pairs = [tuple(pair) for pair in json.loads(sys.argv[1])]
+model = AutoModel.from_pretrained({NAME!r}, trust_remote_code=True)
+encoder = CrossEncoder({NAME!r}, trust_remote_code=True, revision="v1.0", device="cpu")
+print(json.dumps([model.predict(pairs).tolist(), encoder.predict(pairs).tolist()]))
+"""
+    record = json.loads((recorded / REFERENCE_FILE).read_text())
+    command = [sys.executable, "-I", "-c", program, json.dumps(record["pairs"])]
+    environment = hub.environment(tmp_path / "empty")
+    fresh = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert fresh.returncode == 0, fresh.stderr
+    for scores in json.loads(fresh.stdout.splitlines()[-1]):
+        assert scores == pytest.approx(record["scores"], abs=TOLERANCE)
+
+
+def test_push_to_hub_gives_the_same_folder(hub, saved_folders, tmp_path):
+    program = """
+import sys
+from modeling_querit import QueritForSequenceRanking
+model = QueritForSequenceRanking.from_pretrained(sys.argv[1])
+model.save_pretrained(sys.argv[2])
+model.push_to_hub("someone/pushed")
+"""
+    command = [sys.executable, "-c", program, str(saved_folders("qwen3")), str(tmp_path / "saved")]
+    environment = hub.environment(tmp_path / "home", "hf_good") | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pushed = hub.repos["someone/pushed"].files("main")
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    assert pushed.keys() - {".gitattributes"} == saved.keys()
+    # The card names the repository.
+    assert [name for name, content in saved.items() if pushed[name] != content] == ["README.md"]
+
+
+def test_a_folder_that_is_not_fit_is_not_sent(hub, folder, tmp_path):
+    (folder / "optimizer.pt").write_bytes(b"\x80\x04")
+    (folder / "README.md").write_text("# nothing\n")
+    done = upload(hub, tmp_path / "home", folder, "--repo-id", "someone/unfit")
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if line.startswith("upload: ")]
+    assert any("optimizer.pt" in line for line in told)
+    assert any("license" in line for line in told)
+    assert "Traceback" not in done.stderr
+    assert "someone/unfit" not in hub.repos
+
+
+def test_what_is_no_folder_is_one_line(hub, tmp_path):
+    done = upload(hub, tmp_path / "home", tmp_path / "nowhere", "--repo-id", NAME)
+    assert done.returncode == 2
+    assert re.fullmatch(r"upload: .*nowhere is no folder\.", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+
+
+def test_a_stranger_gets_the_recorded_scores(recorded):
+    assert check_scores(recorded) == []
+
+
+def test_weights_that_changed_since(folder):
+    from safetensors.torch import save_file
+
+    tensors = tiny.read_tensors(folder)
+    tensors["score.bias"] = tensors["score.bias"] + tensors["score.bias"].new_tensor([0.0, 0.3])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    problems = check_scores(folder)
+    assert [problem.split(" ")[0] for problem in problems] == ["AutoModel", "CrossEncoder"]
+
+
+def test_code_that_does_not_run_elsewhere(folder):
+    code = (folder / "modeling_querit.py").read_text()
+    (folder / "modeling_querit.py").write_text(f"import modeling_querit.files\n{code}")
+    with pytest.raises(ValueError, match=r"does not load where this package is not installed"):
+        check_scores(folder)
+
+
+def test_models_are_merged_by_their_names_on_the_hub(hub, recorded, tmp_path):
+    home = tmp_path / "home"
+    assert upload(hub, home, recorded, "--repo-id", "someone/parent").returncode == 0
+    program = "from modeling_querit.cli import main; main()"
+    command = [sys.executable, "-c", program, "merge", "someone/parent", str(recorded), "-o", str(tmp_path / "merged")]
+    environment = hub.environment(home) | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    merged, parent = tiny.read_tensors(tmp_path / "merged"), tiny.read_tensors(recorded)
+    assert all(merged[key].equal(tensor) for key, tensor in parent.items())
+    assert "- someone/parent" in (tmp_path / "merged" / "README.md").read_text()
