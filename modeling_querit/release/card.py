@@ -50,14 +50,14 @@ def render_card(path: Path, repo_id: str, root: Path | None = None) -> str:
     data = {key: value for key, value in card.data.to_dict().items() if key != RESULTS_KEY}
     if bool(asked) != (RESULTS_PLACE in card.text):
         raise ValueError(f"{path}: {RESULTS_KEY} in the front matter and {RESULTS_PLACE} in the text go together.")
-    figures = [figure for each in asked for figure in _figures(each, (root or Path()) / each["file"])]
+    figures = [figure for each in asked for figure in _figures(each, (root or Path()) / each["file"], repo_id)]
     if figures:
         data["model-index"] = eval_results_to_model_index(repo_id.split("/")[-1], figures)
     text = card.text.replace(RESULTS_PLACE, _table(figures))
     return f"---\n{ModelCardData(**data).to_yaml()}\n---\n{text}"
 
 
-def _figures(asked: Mapping[str, Any], path: Path) -> Iterator[EvalResult]:
+def _figures(asked: Mapping[str, Any], path: Path, repo_id: str) -> Iterator[EvalResult]:
     found = json.loads(path.read_text(encoding="utf-8"))
     source = found.get("source") or {}
     for row in found["rows"]:
@@ -71,9 +71,9 @@ def _figures(asked: Mapping[str, Any], path: Path) -> Iterator[EvalResult]:
             metric_type=asked["metric"],
             metric_name=asked.get("name", asked["metric"]),
             metric_value=round(float(row[column]) * asked.get("scale", 1), 2),
-            source_name=source.get("name") or path.as_posix(),
+            source_name=source.get("name") or asked["file"],
             # The Hub takes a name only together with an address.
-            source_url=source.get("url") or "https://arxiv.org/abs/2606.19037",
+            source_url=source.get("url") or f"https://huggingface.co/{repo_id}",
         )
 
 
