@@ -79,6 +79,17 @@ def write_folder_files(model: QueritPreTrainedModel, folder: str | os.PathLike) 
 
     A model without a tokenizer (built from a config, or its folder gone) is written all the same, with a warning.
     """
+    write_code_files(model, folder)
+    try:
+        processor = model.processor
+    except (OSError, ValueError) as error:
+        logger.warning(f"{folder} is written without a tokenizer. {error}")
+    else:
+        processor.save_pretrained(folder)
+
+
+def write_code_files(model: QueritPreTrainedModel, folder: str | os.PathLike) -> None:
+    """Write all of `write_folder_files` but the tokenizer."""
     folder = Path(folder)
     # Not of the model itself: FSDP gives it a class of torch's, whose file would be copied.
     ours = next(each for each in type(model).__mro__ if each.__module__.endswith("modeling_querit"))
@@ -86,12 +97,6 @@ def write_folder_files(model: QueritPreTrainedModel, folder: str | os.PathLike) 
     for name, content in SENTENCE_TRANSFORMERS_FILES.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     write_card_stub(folder, folder.name)
-    try:
-        processor = model.processor
-    except (OSError, ValueError) as error:
-        logger.warning(f"{folder} is written without a tokenizer. {error}")
-    else:
-        processor.save_pretrained(folder)
 
 
 def write_card_stub(folder: str | os.PathLike, name: str, over_template: bool = False) -> None:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..environment import environment
 from ..files import sha256, write_json
-from ..folder_querit import write_folder_files
+from ..folder_querit import write_code_files
 from .cards import merged_card
 from .parents import Parent, check_alike, check_trained, open_parent
 from .schedule import Schedule
@@ -200,7 +200,8 @@ class Merger:
         (folder / "README.md").write_text(merged_card(name, record["recipe"]), encoding="utf-8")
         config.dtype = config.text_config.dtype = specs["score.weight"].dtype
         config.save_pretrained(folder)
-        write_folder_files(first.model, folder)
+        write_code_files(first.model, folder)
+        first.write_tokenizer(folder)
 
     def _dtype_of(self, key: str, recipe: Recipe) -> torch.dtype:
         stored = {parent.tensors[key].dtype for parent in self.parents}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from ..files import sha256
 from ..modeling_querit import QueritForSequenceRanking
 from .adapters import ADAPTER_CONFIG, adapted_tensors, base_of
 from .loading import is_reranker, load_for_training
@@ -26,6 +29,7 @@ from .writing import write_whole
 
 # What loading needs: no pickles, no logs, no images.
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _UNUSED_KEY = re.compile(r"^lm_head\.|rotary_emb\.inv_freq$")
 # What two configs of one architecture may differ in.
 _FREE = {
@@ -48,12 +52,21 @@ class Parent:
         model: The same with tensors of no content, for its config and tokenizer.
         tensors: By the keys of our layout.
         files: What it was read from, for its hashes.
+        tokenizer: The files of its tokenizer, if they are as `save_pretrained` writes them.
     """
 
     name: str
     model: QueritForSequenceRanking
     tensors: dict[str, LazyTensor]
     files: tuple[Path, ...]
+    tokenizer: tuple[Path, ...] = ()
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer as other runtimes need it: a copy, where it is like that already."""
+        for path in self.tokenizer:
+            shutil.copyfile(path, folder / path.name)
+        if not self.tokenizer:
+            self.model.processor.save_pretrained(folder)
 
 
 def open_parent(name: str, aside: Path) -> Parent:
@@ -71,16 +84,25 @@ def open_parent(name: str, aside: Path) -> Parent:
     if (folder / ADAPTER_CONFIG).exists():
         base = _open_base(base_of(folder), aside)
         files = (*base.files, *(path for path in (folder / ADAPTER_CONFIG, *folder.glob("*.safetensors"))))
-        return Parent(name, base.model, adapted_tensors(folder, base.tensors), files)
+        return Parent(name, base.model, adapted_tensors(folder, base.tensors), files, base.tokenizer)
     stored = open_weights(folder)
     # Loading without content checks that every weight is there, and has the shape that the config asks for.
     model = QueritForSequenceRanking.from_pretrained(folder, device_map="meta")
+    tokenizer = _tokenizer_files(folder)
     try:
-        _ = model.processor
+        _ = tokenizer or model.processor
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} has no tokenizer that could be read: {error}") from error
     files = {tensor.path for tensor in stored.values()} | {folder / "config.json"}
-    return Parent(name, model, _in_our_layout(stored), tuple(sorted(files)))
+    return Parent(name, model, _in_our_layout(stored), tuple(sorted(files)), tokenizer)
+
+
+def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """Those of a folder in our layout; none of others, whose tokenizers have to be changed."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    files = tuple(folder / name for name in _TOKENIZER_FILES)
+    is_ours = config.get("model_type") == QueritForSequenceRanking.config_class.model_type
+    return files if is_ours and all(path.is_file() for path in files) else ()
 
 
 def _folder_of(name: str) -> Path:
@@ -147,6 +169,8 @@ def _check_configs(first: Parent, other: Parent) -> None:
 
 
 def _check_vocabularies(first: Parent, other: Parent) -> None:
+    if first.tokenizer and other.tokenizer and sha256(first.tokenizer[0]) == sha256(other.tokenizer[0]):
+        return
     ours, theirs = (each.model.processor.tokenizer.get_vocab() for each in (first, other))
     if differing := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
         token = differing[0]
