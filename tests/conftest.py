@@ -157,3 +157,13 @@ def any_processor(request):
     """The tiny tokenizer and the real ones of the two published backbones."""
     name = "tokenizer" if request.param == "tiny" else f"{request.param}_tokenizer"
     return QueritProcessor(request.getfixturevalue(name))
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """The Hub's client may talk to servers of the tests: it has read its environment already, and would not."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)

@@ -42,10 +42,6 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-STRINGS = [
-    document if isinstance(document, str) else f"{document['title']} {document['text']}" for document in tiny.DOCUMENTS
-]
-INSTRUCTION = "Find a novel."
 
 
 def files(folder):
@@ -177,16 +173,16 @@ def test_a_processor_of_ones_own_is_saved(loaded, tmp_path):
 def test_the_processor_is_read_from_the_models_own_folder(saved_folder, loaded, processor):
     assert loaded.processor is loaded.processor
     assert loaded.processor.max_length == tiny.MAX_LENGTH
-    assert loaded.processor.encode([tiny.QUERY], STRINGS[:1]) == processor.encode([tiny.QUERY], STRINGS[:1])
+    assert loaded.processor.encode([tiny.QUERY], tiny.STRINGS[:1]) == processor.encode([tiny.QUERY], tiny.STRINGS[:1])
     assert QueritProcessor.from_pretrained(str(saved_folder)).max_length == tiny.MAX_LENGTH
 
 
 def test_the_tokenizer_loads_by_itself(saved_folder, processor):
     tokenizer = AutoTokenizer.from_pretrained(saved_folder, trust_remote_code=True)
     chat = tokenizer.apply_chat_template(
-        [{"role": "query", "content": tiny.QUERY}, {"role": "document", "content": STRINGS[0]}], return_dict=True
+        [{"role": "query", "content": tiny.QUERY}, {"role": "document", "content": tiny.STRINGS[0]}], return_dict=True
     )
-    assert chat["input_ids"] == processor.encode([tiny.QUERY], STRINGS[:1])[0].input_ids
+    assert chat["input_ids"] == processor.encode([tiny.QUERY], tiny.STRINGS[:1])[0].input_ids
 
 
 # The hub
@@ -258,9 +254,9 @@ def fresh(architecture, saved_folders, tmp_path_factory):
         "again": str(work / "again"),
         "result": str(work / "result.json"),
         "query": tiny.QUERY,
-        "documents": STRINGS,
+        "documents": tiny.STRINGS,
         "long": tiny.LONG_DOCUMENT,
-        "instruction": INSTRUCTION,
+        "instruction": tiny.INSTRUCTION,
         "mteb": importlib.util.find_spec("mteb") is not None,
     }
     (work / "given.json").write_text(json.dumps(given))
@@ -280,7 +276,7 @@ def fresh(architecture, saved_folders, tmp_path_factory):
 
 @pytest.fixture
 def expected(model):
-    return pytest.approx(model.predict(tiny.pairs(STRINGS)).tolist(), abs=1e-5)
+    return pytest.approx(model.predict(tiny.pairs(tiny.STRINGS)).tolist(), abs=1e-5)
 
 
 def test_the_package_is_not_importable_there(fresh, architecture):
@@ -295,46 +291,46 @@ def test_the_package_is_not_importable_there(fresh, architecture):
 def test_auto_model(fresh, model, expected):
     assert fresh.predict == expected
     assert fresh.forward == expected
-    assert fresh.rank == [each.index for each in model.rank(tiny.QUERY, STRINGS, top_k=3)]
+    assert fresh.rank == [each.index for each in model.rank(tiny.QUERY, tiny.STRINGS, top_k=3)]
 
 
 def test_auto_model_for_sequence_classification(fresh, expected):
     assert fresh.classifier == "QueritForSequenceClassification"
-    assert [len(row) for row in fresh.logits] == [1] * len(STRINGS)
+    assert [len(row) for row in fresh.logits] == [1] * len(tiny.STRINGS)
     assert torch.tensor(fresh.logits).tanh().squeeze(-1).tolist() == expected
 
 
 def test_cross_encoder(fresh, model, expected):
     assert fresh.encoder_activation == "Tanh"
     assert fresh.encoder == expected
-    assert fresh.encoder_one == pytest.approx(model.predict(tiny.pairs(STRINGS[:1])).item(), abs=1e-5)
-    ranking = model.rank(tiny.QUERY, STRINGS)
+    assert fresh.encoder_one == pytest.approx(model.predict(tiny.pairs(tiny.STRINGS[:1])).item(), abs=1e-5)
+    ranking = model.rank(tiny.QUERY, tiny.STRINGS)
     assert [index for index, _ in fresh.encoder_rank] == [each.index for each in ranking]
     assert [score for _, score in fresh.encoder_rank] == pytest.approx([each.score for each in ranking], abs=1e-5)
 
 
 def test_cross_encoder_takes_an_instruction_as_its_prompt(fresh, model, expected):
-    with_instruction = model.predict(tiny.pairs(STRINGS), instruction=INSTRUCTION).tolist()
+    with_instruction = model.predict(tiny.pairs(tiny.STRINGS), instruction=tiny.INSTRUCTION).tolist()
     assert with_instruction != expected
     assert fresh.encoder_instruction == pytest.approx(with_instruction, abs=1e-5)
     assert fresh.predict_instruction == pytest.approx(with_instruction, abs=1e-5)
 
 
 def test_cross_encoder_cuts_long_documents_as_we_do(fresh, model):
-    scores = model.predict([(tiny.QUERY, tiny.LONG_DOCUMENT), *tiny.pairs(STRINGS[:1])]).tolist()
+    scores = model.predict([(tiny.QUERY, tiny.LONG_DOCUMENT), *tiny.pairs(tiny.STRINGS[:1])]).tolist()
     assert fresh.predict_long == pytest.approx(scores, abs=1e-5)
     assert fresh.encoder_long == pytest.approx(scores, abs=1e-5)
 
 
 def test_chat_template_there(fresh, processor):
-    assert fresh.chat == processor.encode([tiny.QUERY], STRINGS[:1])[0].input_ids
+    assert fresh.chat == processor.encode([tiny.QUERY], tiny.STRINGS[:1])[0].input_ids
 
 
 def test_mteb_wrapper(fresh, model):
     pytest.importorskip("mteb")
-    scores = model.predict(tiny.pairs(STRINGS)).tolist()
+    scores = model.predict(tiny.pairs(tiny.STRINGS)).tolist()
     assert fresh.mteb == pytest.approx(scores, abs=1e-4)
-    with_instruction = model.predict(tiny.pairs(STRINGS), instruction=INSTRUCTION).tolist()
+    with_instruction = model.predict(tiny.pairs(tiny.STRINGS), instruction=tiny.INSTRUCTION).tolist()
     assert fresh.mteb_instruction == pytest.approx(with_instruction, abs=1e-4)
 
 
@@ -347,7 +343,7 @@ def test_what_remote_code_saves_loads_again(fresh, expected, name):
     assert not any("--" in value for value in auto_map.values())
     # With the package, too, and every tensor is the same.
     again = QueritForSequenceRanking.from_pretrained(folder)
-    assert again.predict(tiny.pairs(STRINGS)).tolist() == expected
+    assert again.predict(tiny.pairs(tiny.STRINGS)).tolist() == expected
     original = tiny.read_tensors(fresh.work / "my-reranker-v1.0")
     tensors = tiny.read_tensors(folder)
     assert tensors.keys() == original.keys()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import GITATTRIBUTES, Fault, HubServer
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -29,11 +29,7 @@ LARGE = r"^/lfs/someone/model/\w{64}$"
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """The client has read its environment already, where conftest.py had set it offline."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+def hub(online):
     with HubServer({"hf_good": "someone", "hf_other": "other"}, orgs={"someone": ["team"]}) as server:
         yield server
 

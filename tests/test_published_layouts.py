@@ -18,19 +18,10 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 # Loading what was published
 
-LAYOUTS = {
-    "as published": {},
-    "backbone without prefix": {"prefix": ""},
-    "with lm_head": {"lm_head": True},
-    "without prefix, with lm_head": {"prefix": "", "lm_head": True},
-    "sharded": {"shards": 3},
-    "sharded without prefix": {"shards": 3, "prefix": ""},
-}
 
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
 def test_published_layouts_load(model, ids, reference, tmp_path, layout):
-    options = dict(LAYOUTS[layout])
+    options = dict(tiny.LAYOUTS[layout])
     tensors = tiny.published_tensors(model, options.pop("prefix", "model."))
     if options.pop("lm_head", False):
         tensors["lm_head.weight"] = torch.randn(512, 32)

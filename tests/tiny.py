@@ -40,6 +40,20 @@ DOCUMENTS = [
     "Der Richter schrieb das Buch im Jahr 1831.",
     "知らない人が書いた本",
 ]
+# The same as runtimes read them that know no titles.
+STRINGS = [
+    document if isinstance(document, str) else f"{document['title']} {document['text']}" for document in DOCUMENTS
+]
+INSTRUCTION = "Find a novel."
+# How published checkpoints differ.
+LAYOUTS = {
+    "as published": {},
+    "backbone without prefix": {"prefix": ""},
+    "with lm_head": {"lm_head": True},
+    "without prefix, with lm_head": {"prefix": "", "lm_head": True},
+    "sharded": {"shards": 3},
+    "sharded without prefix": {"shards": 3, "prefix": ""},
+}
 # Over 256 tokens, so that it is cut.
 LONG_DOCUMENT = "the judge wrote a book about the content of another book, " * 40
 

@@ -44,10 +44,6 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-STRINGS = [
-    document if isinstance(document, str) else f"{document['title']} {document['text']}" for document in tiny.DOCUMENTS
-]
-INSTRUCTION = "Find a novel."
 
 
 def bias_of(model):
@@ -112,9 +108,9 @@ def fresh(exports, tmp_path_factory):
         "folders": {name: str(folder) for name, folder in folders.items()},
         "result": str(work / "result.json"),
         "query": tiny.QUERY,
-        "documents": STRINGS,
+        "documents": tiny.STRINGS,
         "long": tiny.LONG_DOCUMENT,
-        "instruction": INSTRUCTION,
+        "instruction": tiny.INSTRUCTION,
         "conversations": [conversation(document) for document in tiny.DOCUMENTS],
     }
     (work / "given.json").write_text(json.dumps(given))
@@ -172,26 +168,26 @@ def test_cross_encoder(fresh, sources, name, batch):
     model, _ = sources[name]
     assert fresh[f"{name}-auto"]["activation"] == "Tanh"
     scores = fresh[f"{name}-auto"][batch]
-    assert with_bias(scores, model) == pytest.approx(model.predict(tiny.pairs(STRINGS)).tolist(), abs=1e-5)
+    assert with_bias(scores, model) == pytest.approx(model.predict(tiny.pairs(tiny.STRINGS)).tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cross_encoder_ranks_as_we_do(fresh, sources, name):
-    ranking = sources[name][0].rank(tiny.QUERY, STRINGS)
+    ranking = sources[name][0].rank(tiny.QUERY, tiny.STRINGS)
     assert fresh[f"{name}-auto"]["encoder_rank"] == [each.index for each in ranking]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cross_encoder_takes_an_instruction_as_its_prompt(fresh, sources, name):
     model, _ = sources[name]
-    expected = model.predict(tiny.pairs(STRINGS), instruction=INSTRUCTION).tolist()
+    expected = model.predict(tiny.pairs(tiny.STRINGS), instruction=tiny.INSTRUCTION).tolist()
     assert with_bias(fresh[f"{name}-auto"]["encoder_instruction"], model) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cross_encoder_cuts_long_documents_as_we_do(fresh, sources, name):
     model, _ = sources[name]
-    expected = model.predict([(tiny.QUERY, tiny.LONG_DOCUMENT), *tiny.pairs(STRINGS[:1])]).tolist()
+    expected = model.predict([(tiny.QUERY, tiny.LONG_DOCUMENT), *tiny.pairs(tiny.STRINGS[:1])]).tolist()
     assert with_bias(fresh[f"{name}-auto"]["encoder_long"], model) == pytest.approx(expected, abs=1e-5)
 
 

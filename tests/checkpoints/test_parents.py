@@ -15,15 +15,7 @@ from modeling_querit.checkpoints.parents import check_alike, check_trained, open
 from modeling_querit.checkpoints.streaming import HeldTensor
 from modeling_querit.files import write_jsonl
 
-LAYOUTS = {
-    "as published": {},
-    "backbone without prefix": {"prefix": ""},
-    "with lm_head": {"lm_head": True},
-    "without prefix, with lm_head": {"prefix": "", "lm_head": True},
-    "sharded": {"shards": 3},
-    "sharded without prefix": {"shards": 3, "prefix": ""},
-    "with frequencies": {"frequencies": True},
-}
+LAYOUTS = tiny.LAYOUTS | {"with frequencies": {"frequencies": True}}
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_secrets(folder, kind):
     assert SECRETS[kind] not in problem
 
 
-@pytest.mark.parametrize("path", ["/home/ann/data/rows.jsonl", "/root/x", "/mnt/disk1/model", "C:\\\\Users\\\\ann"])
+@pytest.mark.parametrize("path", ["/home/user/data/rows.jsonl", "/root/x", "/mnt/disk1/model", "C:\\\\Users\\\\user"])
 def test_places_on_this_machine(folder, path):
     (folder / "train.json").write_text(f'{{"train": ["{path}"]}}')
     [problem] = problems_of(folder)

@@ -15,11 +15,7 @@ LARGE = rf"^/lfs/{NAME}/"
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    # The client has read its environment already, where conftest.py had set it offline.
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+def hub(online, monkeypatch):
     # Waiting is the client's matter, and tested there.
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     with HubServer({"hf_good": "someone", "hf_other": "other"}, orgs={"someone": ["team"]}) as server:
