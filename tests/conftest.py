@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from transformers import PreTrainedTokenizerFast
 
 from modeling_querit import QueritForSequenceRanking, QueritProcessor
+from modeling_querit.cli import main
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -167,3 +168,16 @@ def online(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+
+
+@pytest.fixture
+def querit(capsys):
+    """The command `querit` with some arguments: its exit code, standard output and standard error."""
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as stop:
+            main([str(each) for each in argv])
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run

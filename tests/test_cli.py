@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import tiny
 
-from modeling_querit.cli import main
-
 LINES = ["a novel by lee", "who wrote the book is unknown", "x"]
 
 
@@ -21,16 +19,8 @@ def documents(tmp_path):
     return str(path)
 
 
-def run(capsys, *argv):
-    """Exit code, standard output and standard error of `querit`."""
-    with pytest.raises(SystemExit) as stop:
-        main(list(argv))
-    out, err = capsys.readouterr()
-    return stop.value.code or 0, out, err
-
-
-def rerank(capsys, folder, *argv):
-    return run(capsys, "rerank", "--query", tiny.QUERY, "--model", str(folder), *argv)
+def rerank(querit, folder, *argv):
+    return querit("rerank", "--query", tiny.QUERY, "--model", str(folder), *argv)
 
 
 def expected_of(model, documents):
@@ -40,38 +30,38 @@ def expected_of(model, documents):
     ]
 
 
-def test_json_best_first(capsys, model, saved_folder, documents):
-    code, out, _ = rerank(capsys, saved_folder, "--json", documents)
+def test_json_best_first(querit, model, saved_folder, documents):
+    code, out, _ = rerank(querit, saved_folder, "--json", documents)
     assert code == 0
     assert json.loads(out) == {"model": str(saved_folder), "results": expected_of(model, LINES)}
 
 
-def test_top_k(capsys, model, saved_folder, documents):
-    _, out, _ = rerank(capsys, saved_folder, "--json", "--top-k", "1", documents)
+def test_top_k(querit, model, saved_folder, documents):
+    _, out, _ = rerank(querit, saved_folder, "--json", "--top-k", "1", documents)
     assert json.loads(out)["results"] == expected_of(model, LINES)[:1]
 
 
-def test_jsonl_keeps_titles_and_whatever_else_a_row_has(capsys, model, saved_folder, tmp_path):
+def test_jsonl_keeps_titles_and_whatever_else_a_row_has(querit, model, saved_folder, tmp_path):
     rows = [{"_id": "7", "title": "The book", "text": "who wrote it"}, "plain", {"text": "ü"}]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    _, out, _ = rerank(capsys, saved_folder, "--json", str(path))
+    _, out, _ = rerank(querit, saved_folder, "--json", str(path))
     assert json.loads(out)["results"] == expected_of(model, rows)
 
 
 @pytest.mark.parametrize("text", ["a novel\nx\n", '{"text": "a novel"}\n{"text": "x"}\n', "\ufeffa novel\r\nx\r\n"])
-def test_standard_input(capsys, monkeypatch, saved_folder, text):
+def test_standard_input(querit, monkeypatch, saved_folder, text):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    code, out, _ = rerank(capsys, saved_folder, "--json")
+    code, out, _ = rerank(querit, saved_folder, "--json")
     found = [each["document"] for each in json.loads(out)["results"]]
     assert code == 0
     assert sorted(each["text"] if isinstance(each, dict) else each for each in found) == ["a novel", "x"]
 
 
-def test_a_table_shows_brackets_as_they_are(capsys, saved_folder, tmp_path):
+def test_a_table_shows_brackets_as_they_are(querit, saved_folder, tmp_path):
     path = tmp_path / "documents.txt"
     path.write_text("[bold]not markup[/bold]\n[CLS]\n")
-    code, out, _ = rerank(capsys, saved_folder, str(path))
+    code, out, _ = rerank(querit, saved_folder, str(path))
     assert code == 0
     assert "[bold]not markup[/bold]" in out
     assert "score" in out.splitlines()[1]
@@ -90,10 +80,10 @@ def test_a_table_shows_brackets_as_they_are(capsys, saved_folder, tmp_path):
         ("deep.jsonl", b"[" * 100_000 + b"\n", "line 1: "),
     ],
 )
-def test_bad_documents_give_one_line_and_code_2(capsys, saved_folder, tmp_path, name, content, message):
+def test_bad_documents_give_one_line_and_code_2(querit, saved_folder, tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    code, out, err = rerank(capsys, saved_folder, str(tmp_path / name))
+    code, out, err = rerank(querit, saved_folder, str(tmp_path / name))
     assert (code, out) == (2, "")
     assert message in err
     assert err.startswith("querit: ")
@@ -101,23 +91,23 @@ def test_bad_documents_give_one_line_and_code_2(capsys, saved_folder, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "nobody/nothing"])
-def test_an_unknown_model_gives_one_line_and_code_2(capsys, documents, name):
-    code, out, err = rerank(capsys, name, documents)
+def test_an_unknown_model_gives_one_line_and_code_2(querit, documents, name):
+    code, out, err = rerank(querit, name, documents)
     assert (code, out) == (2, "")
     assert name in err
     assert err.count("\n") == 1
 
 
-def test_an_unknown_device(capsys, saved_folder, documents):
-    code, _, err = rerank(capsys, saved_folder, "--device", "nonsense", documents)
+def test_an_unknown_device(querit, saved_folder, documents):
+    code, _, err = rerank(querit, saved_folder, "--device", "nonsense", documents)
     assert code == 2
     assert "--device nonsense" in err
     assert err.count("\n") == 1
 
 
-def test_no_standard_input(capsys, monkeypatch, saved_folder):
+def test_no_standard_input(querit, monkeypatch, saved_folder):
     monkeypatch.setattr(sys, "stdin", None)
-    code, _, err = rerank(capsys, saved_folder)
+    code, _, err = rerank(querit, saved_folder)
     assert (code, err) == (2, "querit: There is no standard input: name a file.\n")
 
 
@@ -130,33 +120,33 @@ def test_what_cannot_be_written_is_escaped(saved_folder, tmp_path):
         assert b"\\ud800" in done.stdout
 
 
-def test_a_damaged_weight_file(capsys, saved_folder, documents, tmp_path):
+def test_a_damaged_weight_file(querit, saved_folder, documents, tmp_path):
     shutil.copytree(saved_folder, tmp_path / "damaged")
     weights = tmp_path / "damaged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    code, _, err = rerank(capsys, tmp_path / "damaged", documents)
+    code, _, err = rerank(querit, tmp_path / "damaged", documents)
     assert code == 2
     assert "damaged or cut short" in err
 
 
-def test_top_k_below_one(capsys, saved_folder, documents):
-    code, _, err = rerank(capsys, saved_folder, "--top-k", "0", documents)
+def test_top_k_below_one(querit, saved_folder, documents):
+    code, _, err = rerank(querit, saved_folder, "--top-k", "0", documents)
     assert code == 2
     assert "--top-k is 0" in err
 
 
-def test_convert(capsys, model, tmp_path):
+def test_convert(querit, model, tmp_path):
     source = tiny.write_published(tmp_path / "source", model, tiny.published_tensors(model))
-    code, out, _ = run(capsys, "convert", str(source), str(tmp_path / "new"))
+    code, out, _ = querit("convert", str(source), str(tmp_path / "new"))
     assert (code, out) == (0, f"Wrote {tmp_path / 'new'}\n")
     assert (tmp_path / "new" / "config.json").exists()
-    code, out, err = run(capsys, "convert", str(source), str(tmp_path / "new"))
+    code, out, err = querit("convert", str(source), str(tmp_path / "new"))
     assert (code, out) == (2, "")
     assert "exists: name a new folder" in err
 
 
-def test_train_names_what_is_missing(capsys, tmp_path):
-    code, _, err = run(capsys, "train", "--output_dir", str(tmp_path / "out"), "--use_cpu", "True")
+def test_train_names_what_is_missing(querit, tmp_path):
+    code, _, err = querit("train", "--output_dir", str(tmp_path / "out"), "--use_cpu", "True")
     assert code == 2
     assert "nothing to train on" in err
 

@@ -14,7 +14,6 @@ from transformers import AutoModel
 from modeling_querit import QueritForSequenceRanking
 from modeling_querit.checkpoints.convert import convert_checkpoint, publish_checkpoint
 from modeling_querit.checkpoints.loading import load_for_training
-from modeling_querit.cli import main
 
 
 def test_writes_the_well_formed_folder(model, tmp_path):
@@ -230,21 +229,14 @@ def test_nothing_is_published_of_a_damaged_checkpoint(saved_folder, tmp_path, da
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def run(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        main(["convert", *map(str, argv)])
-    out, err = capsys.readouterr()
-    return stop.value.code or 0, out, err
-
-
-def test_command_for_the_published_layout(capsys, model, saved_folder, tmp_path):
-    code, out, _ = run(capsys, saved_folder, tmp_path / "new", "--to", "published", "--dtype", "float32")
+def test_command_for_the_published_layout(querit, model, saved_folder, tmp_path):
+    code, out, _ = querit("convert", saved_folder, tmp_path / "new", "--to", "published", "--dtype", "float32")
     assert (code, out) == (0, f"Wrote {tmp_path / 'new'}\n")
     assert_equal_tensors(tiny.read_tensors(tmp_path / "new"), tiny.published_tensors(model))
 
 
-def test_command_for_a_layout_that_is_none(capsys, saved_folders, tmp_path):
-    code, out, err = run(capsys, saved_folders("qwen3"), tmp_path / "new", "--to", "onnx")
+def test_command_for_a_layout_that_is_none(querit, saved_folders, tmp_path):
+    code, out, err = querit("convert", saved_folders("qwen3"), tmp_path / "new", "--to", "onnx")
     assert (code, out) == (2, "")
     assert "'onnx' is not" in err
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,6 @@ from modeling_querit import QueritConfig, QueritForSequenceRanking, QueritProces
 from modeling_querit.checkpoints import parents
 from modeling_querit.checkpoints.export import export_classifier
 from modeling_querit.checkpoints.loading import load_for_training
-from modeling_querit.cli import main
 
 NAMES = [*tiny.ARCHITECTURES, "gemma3_text"]
 CLASSES = {
@@ -444,17 +443,9 @@ def test_a_dtype_that_is_none(saved_folder, tmp_path):
 # The command
 
 
-def run(capsys, *argv):
-    """Exit code, standard output and standard error of `querit`."""
-    with pytest.raises(SystemExit) as stop:
-        main(["export", *map(str, argv)])
-    out, err = capsys.readouterr()
-    return stop.value.code or 0, out, err
-
-
-def test_command(capsys, monkeypatch, saved_folders, exports, tmp_path):
+def test_command(querit, monkeypatch, saved_folders, exports, tmp_path):
     monkeypatch.setattr(parents, "default_model_path", lambda: saved_folders("qwen3"))
-    code, out, _ = run(capsys, "mini", tmp_path / "export")
+    code, out, _ = querit("export", "mini", tmp_path / "export")
     assert (code, out) == (0, f"Wrote {tmp_path / 'export'}\n")
     assert_the_same_export(tmp_path / "export", exports["qwen3-auto"])
     assert "`mini`, a Querit reranker" in (tmp_path / "export" / "README.md").read_text()
@@ -463,8 +454,8 @@ def test_command(capsys, monkeypatch, saved_folders, exports, tmp_path):
     )
 
 
-def test_command_with_options(capsys, saved_folder, tmp_path):
-    code, _, _ = run(capsys, saved_folder, tmp_path / "export", "--format", "seq-cls", "--dtype", "float16")
+def test_command_with_options(querit, saved_folder, tmp_path):
+    code, _, _ = querit("export", saved_folder, tmp_path / "export", "--format", "seq-cls", "--dtype", "float16")
     assert code == 0
     assert json.loads((tmp_path / "export" / "config.json").read_text())["dtype"] == "float16"
 
@@ -473,8 +464,8 @@ def test_command_with_options(capsys, saved_folder, tmp_path):
     ("options", "message"),
     [(["--format", "gguf"], "'gguf' is not"), (["--dtype", "int4"], "dtype is 'int4'")],
 )
-def test_command_with_wrong_options(capsys, saved_folders, tmp_path, options, message):
-    code, out, err = run(capsys, saved_folders("qwen3"), tmp_path / "export", *options)
+def test_command_with_wrong_options(querit, saved_folders, tmp_path, options, message):
+    code, out, err = querit("export", saved_folders("qwen3"), tmp_path / "export", *options)
     assert (code, out) == (2, "")
     assert message in err
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,6 @@ from modeling_querit import QueritForSequenceRanking
 from modeling_querit.checkpoints import merge, search
 from modeling_querit.checkpoints.merge import Recipe, merge_checkpoints
 from modeling_querit.checkpoints.search import Judged, Trial, search_merge
-from modeling_querit.cli import main
 from modeling_querit.files import write_jsonl
 
 DOCUMENTS = [
@@ -430,17 +429,9 @@ def test_an_error_in_the_middle_leaves_nothing_behind(folders, judged, tmp_path,
 # The command
 
 
-def run(capsys, *argv):
-    """Exit code, standard output and standard error of `querit`."""
-    with pytest.raises(SystemExit) as stop:
-        main(["merge", *map(str, argv)])
-    out, err = capsys.readouterr()
-    return stop.value.code or 0, out, err
-
-
-def test_command(capsys, folders, collection, tmp_path):
+def test_command(querit, folders, collection, tmp_path):
     models, options = folders("qwen3")[:2], ["--search", f"{collection}:dev", "--search", f"{collection}:test"]
-    code, out, err = run(capsys, *models, *options, "--evaluations", "5", "-o", tmp_path / "merged")
+    code, out, err = querit("merge", *models, *options, "--evaluations", "5", "-o", tmp_path / "merged")
     assert (code, out) == (0, f"Wrote {tmp_path / 'merged'}\n")
     lines = err.splitlines()
     assert [line.partition(":")[0] for line in lines] == [f"t {t}" for t in GRID]
@@ -451,11 +442,11 @@ def test_command(capsys, folders, collection, tmp_path):
     assert json.loads((tmp_path / "merged" / "merge.json").read_text())["recipe"]["t"] == [best]
 
 
-def test_command_with_few_queries_and_candidates(capsys, folders, collection, tmp_path, monkeypatch):
+def test_command_with_few_queries_and_candidates(querit, folders, collection, tmp_path, monkeypatch):
     seen = []
     options = ["--queries", "2", "--depth", "3", "--max-length", "64", "--evaluations", "5"]
     monkeypatch.setattr(search, "_figures", lambda folder, *given: seen.append(given) or {"books:dev": 0.5})
-    code, _, _ = run(capsys, *folders("qwen3")[:2], "--search", collection, *options, "-o", tmp_path / "merged")
+    code, _, _ = querit("merge", *folders("qwen3")[:2], "--search", collection, *options, "-o", tmp_path / "merged")
     assert code == 0
     [[judged], limit] = seen[0]
     assert ([len(hits) for hits in judged.candidates.values()], limit) == ([3, 3], 64)
@@ -470,15 +461,15 @@ def test_command_with_few_queries_and_candidates(capsys, folders, collection, tm
         (["--search", "nowhere:dev"], "is missing"),
     ],
 )
-def test_command_with_what_does_not_go_together(capsys, folders, collection, tmp_path, options, message):
+def test_command_with_what_does_not_go_together(querit, folders, collection, tmp_path, options, message):
     models = folders("qwen3")[:2]
-    code, out, err = run(capsys, *models, "--search", f"{collection}:dev", *options, "-o", tmp_path / "merged")
+    code, out, err = querit("merge", *models, "--search", f"{collection}:dev", *options, "-o", tmp_path / "merged")
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_with_three_models(capsys, folders, collection, tmp_path):
-    code, _, err = run(capsys, *folders("qwen3"), "--search", collection, "-o", tmp_path / "merged")
+def test_command_with_three_models(querit, folders, collection, tmp_path):
+    code, _, err = querit("merge", *folders("qwen3"), "--search", collection, "-o", tmp_path / "merged")
     assert (code, err) == (2, "querit: --search finds the t of two models: name two, and neither t nor weights.\n")

@@ -1,12 +1,15 @@
 """Tiny models to be merged, and slow formulas to compare merges with."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_querit import QueritForSequenceRanking
+from modeling_querit.checkpoints.merge import Recipe, merge_checkpoints
 
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Beyond this cosine the plane of two vectors is not told; mergekit's number.
@@ -104,3 +107,30 @@ def slow_gradient(mean, units, weights):
         if np.linalg.norm(away) > 0:
             total += weight * np.arctan2(np.linalg.norm(away), cosine) * away / np.linalg.norm(away)
     return total
+
+
+def merged(folder, models, **settings):
+    return tiny.read_tensors(merge_checkpoints(Recipe(models, **settings), folder))
+
+
+def tensors_of(folders):
+    """Key -> the tensor of each model, in float64 numpy."""
+    read = [tiny.read_tensors(Path(folder)) for folder in folders]
+    return {key: [each[key].double().numpy() for each in read] for key in read[0]}
+
+
+def assert_close(found, expected, rtol=1e-5, atol=1e-6):
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        np.testing.assert_allclose(found[key].double().numpy(), tensor, rtol=rtol, atol=atol, err_msg=key)
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype is tensor.dtype, key
+        assert bits(found[key]) == bits(tensor), key
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

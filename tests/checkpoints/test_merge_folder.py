@@ -1,0 +1,251 @@
+"""The folder that a merge writes, and what leaves none."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from huggingface_hub import ModelCard
+from tiny_parents import (
+    adapt,
+    assert_same,
+    change,
+    files_of,
+    merged,
+)
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from modeling_querit import QueritForSequenceClassification, QueritForSequenceRanking
+from modeling_querit.checkpoints.cards import merged_card
+from modeling_querit.checkpoints.merge import Recipe, merge_checkpoints
+
+# The folder
+
+
+def test_it_holds_what_a_saved_folder_holds(whole_merge, family, tmp_path):
+    QueritForSequenceRanking.from_pretrained(family[0]).save_pretrained(tmp_path / "saved")
+    found, expected = files_of(whole_merge), files_of(tmp_path / "saved")
+    assert found.keys() == expected.keys() | {"merge.json"}
+    different = {name for name, content in expected.items() if found[name] != content}
+    assert different == {"model.safetensors", "README.md"}
+    assert [path.name for path in whole_merge.parent.iterdir()] == [whole_merge.name]
+
+
+def test_every_runtime_loads_it(whole_merge):
+    from sentence_transformers import CrossEncoder
+
+    texts = [each for each in tiny.pairs() if isinstance(each[1], str) and each[1]]
+    model = QueritForSequenceRanking.from_pretrained(whole_merge)
+    assert_same(model.state_dict(), AutoModel.from_pretrained(whole_merge).state_dict())
+    expected = model.predict(texts).tolist()
+    assert len(set(expected)) == len(texts)
+    classifier = AutoModelForSequenceClassification.from_pretrained(whole_merge)
+    assert type(classifier) is QueritForSequenceClassification
+    assert classifier.predict(texts).tolist() == pytest.approx(expected, abs=1e-5)
+    encoder = CrossEncoder(str(whole_merge), device="cpu")
+    assert encoder.predict(texts).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_shards(family, tmp_path):
+    expected = merged(tmp_path / "one", family[:2])
+    merge_checkpoints(Recipe(family[:2]), tmp_path / "many", max_shard_size="40KB")
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 1
+    assert_same(tiny.read_tensors(tmp_path / "many"), expected)
+    loaded = [QueritForSequenceRanking.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many")]
+    assert_same(*loaded)
+    # Merged once more, the shards are read again.
+    assert_same(merged(tmp_path / "again", [str(tmp_path / "many"), family[2]], t=["0"]), expected)
+
+
+def test_no_file_names_a_place_on_this_machine(whole_merge, families, architecture):
+    places = {str(folder.parent).encode() for folder in [whole_merge, *families(architecture)]}
+    places |= {str(Path.home()).encode(), str(Path(tiny.__file__).parents[1]).encode()}
+    for name, content in files_of(whole_merge).items():
+        assert not any(place in content for place in places), name
+
+
+def test_the_record(whole_merge, families, architecture):
+    record = json.loads((whole_merge / "merge.json").read_text())
+    assert record["recipe"] == {
+        "models": ["law", "medicine"],
+        "method": "slerp",
+        "t": ["0.4"],
+        "weights": [],
+        "base": None,
+        "scale": 1.0,
+        "dtype": "auto",
+    }
+    assert [each["name"] for each in record["parents"]] == ["law", "medicine"]
+    for folder, each in zip(families(architecture)[:2], record["parents"], strict=True):
+        names = ["config.json", "model.safetensors"]
+        expected = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+        assert each["sha256"] == expected
+    assert record["versions"]["torch"]
+
+
+def test_the_record_of_an_adapter_has_the_hashes_of_both(pair, tmp_path):
+    adapt(tmp_path / "adapter", pair[0])
+    merge_checkpoints(Recipe([str(tmp_path / "adapter"), pair[1]]), tmp_path / "new")
+    first = json.loads((tmp_path / "new" / "merge.json").read_text())["parents"][0]
+    digest = hashlib.sha256((tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert first["name"] == "adapter"
+    assert first["sha256"]["adapter_model.safetensors"] == digest
+    assert first["sha256"].keys() == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "config.json",
+        "model.safetensors",
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"t": ["0:1", "mlp=0.3"]},
+        {"weights": ["1,2"], "method": "linear", "dtype": "bfloat16"},
+        {"method": "task_arithmetic", "base": True, "scale": 0.7},
+    ],
+)
+def test_the_record_is_a_recipe(pair, saved_folders, tmp_path, monkeypatch, settings):
+    for folder in pair:
+        shutil.copytree(folder, tmp_path / Path(folder).name)
+    shutil.copytree(saved_folders("qwen3"), tmp_path / "base")
+    models = [str(tmp_path / Path(folder).name) for folder in pair]
+    settings = settings | ({"base": str(tmp_path / "base")} if "base" in settings else {})
+    # The names in a record are those of folders beside each other.
+    monkeypatch.chdir(tmp_path)
+    expected = merged(tmp_path / "one", models, **settings)
+    recipe = Recipe.load(tmp_path / "one" / "merge.json")
+    assert recipe.models == ["law", "medicine"]
+    assert_same(tiny.read_tensors(merge_checkpoints(recipe, "two")), expected)
+    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert {name for name in one if one[name] != two[name]} <= {"README.md"}
+    assert two["README.md"].replace(b"two", b"one") == one["README.md"].replace(b"two", b"one")
+
+
+def test_what_is_given_besides_a_recipe_takes_precedence(pair, whole_merges):
+    recipe = Recipe.load(whole_merges("qwen3") / "merge.json", models=pair, dtype="float16")
+    assert (recipe.models, recipe.t, recipe.dtype) == (pair, ["0.4"], "float16")
+
+
+def test_the_card(whole_merge):
+    card = ModelCard.load(whole_merge / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-ranking"
+    assert {"merge", "reranker", "querit", "sentence-transformers"} <= set(card.data.tags)
+    # Folders are no models of the Hub.
+    assert card.data.base_model is None
+    assert "# merged\n" in card.text
+    assert "- `law`\n- `medicine`\n" in card.text
+    assert "slerp, t 0.4" in card.text
+    assert 'CrossEncoder("merged", trust_remote_code=True)' in card.text
+
+
+def test_the_card_of_repositories_links_to_them(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(
+        ["Querit/Querit-4B", "somebody/law"], method="task_arithmetic", base="Qwen/Qwen3-4B", weights=["1,2"], scale=0.5
+    )
+    card = ModelCard(merged_card("new", recipe.published()))
+    assert card.data.base_model == ["Qwen/Qwen3-4B", "Querit/Querit-4B", "somebody/law"]
+    assert card.data.base_model_relation == "merge"
+    assert "task_arithmetic, weights 1,2, scale 0.5" in card.text
+    assert all(f"`{name}`" in card.text for name in card.data.base_model)
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_no_number_names_tensor_and_model(pair, tmp_path, value, place):
+    key = "model.layers.1.mlp.down_proj.weight"
+
+    def spoil(tensors):
+        tensors[key][3, 5] = value
+        return tensors
+
+    models = list(pair)
+    models[place] = str(change(pair[place], tmp_path / "spoilt", spoil))
+    with pytest.raises(ValueError, match=rf"{re.escape(key)} of {re.escape(models[place])} holds NaN or infinite"):
+        merge_checkpoints(Recipe(models), tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
+
+
+def test_what_is_there_is_not_touched(tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "notes.txt").write_text("mine")
+    # Told before the models are looked for.
+    with pytest.raises(FileExistsError, match="new exists: name a new folder"):
+        merge_checkpoints(Recipe(["./nowhere", "./nobody"]), tmp_path / "new")
+    assert files_of(tmp_path / "new") == {"notes.txt": b"mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_an_empty_folder_is_filled(pair, tmp_path):
+    (tmp_path / "new").mkdir()
+    merge_checkpoints(Recipe(pair), tmp_path / "new")
+    assert (tmp_path / "new" / "merge.json").exists()
+
+
+def test_models_that_do_not_go_together_leave_nothing_behind(families, tmp_path):
+    models = [str(families(each)[0]) for each in tiny.ARCHITECTURES]
+    with pytest.raises(ValueError, match="only models of one architecture can be merged"):
+        merge_checkpoints(Recipe(models), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_head_that_was_never_trained_is_refused_but_not_in_a_base(pair, tmp_path):
+    new = change(pair[0], tmp_path / "base", lambda tensors: tensors | {"score.weight": torch.zeros(2, 32)})
+    with pytest.raises(ValueError, match=r"head of .*base was never trained"):
+        merge_checkpoints(Recipe([pair[0], str(new)]), tmp_path / "new")
+    merge_checkpoints(Recipe(pair, method="task_arithmetic", base=str(new)), tmp_path / "new")
+
+
+def test_weights_that_are_all_zero_name_the_tensor(pair, tmp_path):
+    with pytest.raises(ValueError, match=r"All weights of score\.(bias|weight) are 0"):
+        merge_checkpoints(Recipe(pair, weights=["score=0,0"]), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import sys, time
+from modeling_querit.checkpoints import merge
+
+add_up, seen = merge.add_up, []
+
+
+def slow(*args):
+    seen.append(None)
+    if len(seen) == 9:
+        print("merging", flush=True)
+        time.sleep(100)
+    return add_up(*args)
+
+
+merge.add_up = slow
+merge.merge_checkpoints(merge.Recipe(sys.argv[1:3]), sys.argv[3])
+"""
+
+
+def test_a_merge_that_is_killed_leaves_no_folder(pair, tmp_path):
+    command = [sys.executable, "-c", KILLED, *pair, str(tmp_path / "new")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        assert process.stdout.readline() == b"merging\n"
+        # It is in the middle of writing.
+        assert list(tmp_path.rglob("model.safetensors"))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "new").exists()
+    assert all(path.name.startswith(".new-") for path in tmp_path.iterdir())
+    merge_checkpoints(Recipe(pair), tmp_path / "new")
+    assert (tmp_path / "new" / "merge.json").exists()

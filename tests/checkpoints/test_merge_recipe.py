@@ -1,0 +1,129 @@
+"""Recipes of merges, by hand, from a record and from a shell."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+from tiny_parents import assert_same, merged
+
+from modeling_querit.checkpoints.merge import Recipe
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"models": []}, "There is nothing to merge it with: name two models or more"),
+        ({"models": ["a"]}, "There is nothing to merge a with: name two models or more"),
+        ({"method": "ties"}, "method is 'ties': choose from slerp, linear, task_arithmetic"),
+        ({"method": "task_arithmetic"}, "base goes with task_arithmetic"),
+        ({"base": "c"}, "base goes with task_arithmetic"),
+        ({"scale": 0.5}, "scale is that of task vectors"),
+        ({"t": ["0.5"], "weights": ["1,2"]}, "t is the way from one model to another"),
+        ({"models": ["a", "b", "c"], "t": ["0.5"]}, "for more than two, give weights instead"),
+        ({"dtype": "int8"}, "dtype is 'int8': choose auto, float32, bfloat16 or float16"),
+        ({"method": "task_arithmetic", "base": "c", "scale": float("nan")}, "scale"),
+        ({"method": "task_arithmetic", "base": "c", "scale": float("inf")}, "scale"),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**{"models": ["a", "b"]} | settings)
+
+
+def test_a_recipe_by_hand(pair, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"models": pair, "t": ["0.4"], "dtype": "float16"}))
+    assert Recipe.load(tmp_path / "recipe.json") == Recipe(pair, t=["0.4"], dtype="float16")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "5", '"ab"', "{}", '{"models": null}', '{"models": ["a", "b"], "colour": 1}', '{"recipe": [1]}'],
+)
+def test_what_is_no_recipe(tmp_path, content):
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(ValueError, match=r"is no recipe .*: give JSON with the keys|nothing to merge|models"):
+        Recipe.load(tmp_path / "recipe.json")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"t": 0.4}, {"t": [0.4]}, {"t": {"mlp": 0.4}}, {"weights": [1, 2]}, {"weights": [[1, 2]]}, {"t": None}]
+)
+def test_a_recipe_with_numbers_for_texts_is_read_or_refused_in_one_line(querit, pair, tmp_path, settings):
+    (tmp_path / "recipe.json").write_text(json.dumps({"models": pair} | settings))
+    code, _, err = querit("merge", "--recipe", tmp_path / "recipe.json", "-o", tmp_path / "new")
+    assert (code, err.count("\n")) in [(0, 0), (2, 1)]
+
+
+# From a shell
+
+
+def test_the_command(querit, pair, tmp_path):
+    code, out, _ = querit("merge", *pair, "--t", "0.3", "--t", "mlp=0:1", "-o", tmp_path / "new")
+    assert (code, out) == (0, f"Wrote {tmp_path / 'new'}\n")
+    expected = merged(tmp_path / "expected", pair, t=["0.3", "mlp=0:1"])
+    assert_same(tiny.read_tensors(tmp_path / "new"), expected)
+
+
+def test_the_command_with_all_its_options(querit, families, saved_folders, tmp_path):
+    family, saved_folder = [str(folder) for folder in families("qwen3")], saved_folders("qwen3")
+    options = ["--method", "task_arithmetic", "--base", saved_folder, "--scale", "0.5", "--weights", "1,2,1"]
+    options += ["--weights", "score=1,0,0", "--dtype", "bfloat16", "--max-shard-size", "30KB", "--output"]
+    assert querit("merge", *family, *options, tmp_path / "new")[0] == 0
+    settings = {"method": "task_arithmetic", "base": str(saved_folder), "scale": 0.5, "dtype": "bfloat16"}
+    expected = merged(tmp_path / "expected", family, weights=["1,2,1", "score=1,0,0"], **settings)
+    assert len(list((tmp_path / "new").glob("*.safetensors"))) > 1
+    assert_same(tiny.read_tensors(tmp_path / "new"), expected)
+
+
+def test_the_command_with_a_recipe(querit, pair, whole_merges, tmp_path):
+    record = whole_merges("qwen3") / "merge.json"
+    code, _, err = querit("merge", *pair, "--recipe", record, "-o", tmp_path / "new")
+    assert code == 0, err
+    assert_same(tiny.read_tensors(tmp_path / "new"), tiny.read_tensors(whole_merges("qwen3")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--t", "2"], "t is 2: it goes from 0"),
+        (["--t", "half"], "'half' is no number"),
+        (["--t", "gate=1"], "there is no group 'gate'"),
+        (["--weights", "1,2,3"], "2 models need 2"),
+        (["--weights", "0,0"], "All weights of"),
+        (["--method", "ties"], "method is 'ties'"),
+        (["--scale", "2"], "scale is that of task vectors"),
+        (["--dtype", "int8"], "dtype is 'int8'"),
+        (["--max-shard-size", "huge"], "huge"),
+        (["--recipe", "nowhere.json"], "nowhere.json"),
+        (["./nowhere"], "nowhere is no folder"),
+    ],
+)
+def test_errors_are_one_line_and_code_2(querit, pair, tmp_path, options, message):
+    code, out, err = querit("merge", *pair, *options, "--output", tmp_path / "new")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("querit: ")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_destination_that_exists_and_one_model_alone(querit, pair, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, _, err = querit("merge", *pair, "-o", tmp_path / "file")
+    assert code == 2
+    assert "file exists: name a new folder" in err
+    code, _, err = querit("merge", pair[0], "-o", tmp_path / "new")
+    assert (code, err) == (2, f"querit: There is nothing to merge {pair[0]} with: name two models or more.\n")
+
+
+def test_a_damaged_model(querit, pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, err = querit("merge", tmp_path / "damaged", pair[1], "-o", tmp_path / "new")
+    assert code == 2
+    assert "damaged or cut short" in err
+    assert err.count("\n") == 1
