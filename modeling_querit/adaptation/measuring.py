@@ -19,7 +19,7 @@ from .candidates import Fused
 from .corpus import Document
 from .scoring import score_pairs
 from .settings import AdaptSettings
-from .shards import Shards
+from .shards import Shards, key_of
 from .teachers import CrossEncoderTeacher, Teacher, pair_key
 
 GENERAL, ADAPTED = "general", "adapted"
@@ -50,19 +50,18 @@ def evaluate(settings: AdaptSettings, source: str, others: Mapping[str, Path] | 
     models = {GENERAL: settings.train.get("model", "mini"), ADAPTED: run / "model", **(others or {})}
     max_length = settings.train.get("max_length")
     students = {name: CrossEncoderTeacher(str(model), max_length=max_length) for name, model in models.items()}
-    asked, by_student = (
-        scores_of(each, collection, documents, candidates, kept / "evaluation") for each in (teachers, students)
-    )
+    scorers = {_as_teacher(name): teacher for name, teacher in teachers.items()} | students
+    scores = scores_of(scorers, collection, documents, candidates, kept / "evaluation")
 
     calibrated = Teachers.load(run / TEACHERS_FILE)
     rankings: dict[str, dict[str, list[str]]] = {name: {} for name in ("first_stage", "teacher", *students)}
     for query, hits in candidates.items():
         found = list(hits)
-        labels = calibrated.labels({name: asked[name][query] for name in teachers})
+        labels = calibrated.labels({name: scores[_as_teacher(name)][query] for name in teachers})
         rankings["first_stage"][query] = found
         rankings["teacher"][query] = by_score(found, _known(labels))
         for name in students:
-            rankings[name][query] = by_score(found, _known(by_student[name][query]))
+            rankings[name][query] = by_score(found, _known(scores[name][query]))
     figures = measure(collection, rankings)
     return {
         "collection": collection.name,
@@ -70,6 +69,11 @@ def evaluate(settings: AdaptSettings, source: str, others: Mapping[str, Path] | 
         **{name: 100 * mean(each) for name, each in figures.items()},
         "p_value": p_value(figures[ADAPTED], figures[GENERAL], settings.seed),
     }
+
+
+def _as_teacher(name: str) -> str:
+    """A teacher may have the name of a student."""
+    return f"teacher {name}"
 
 
 def _known(scores: list[float | None]) -> list[float]:
@@ -84,13 +88,18 @@ def scores_of(
     candidates: Candidates,
     folder: Path,
 ) -> dict[str, dict[str, list[float | None]]]:
-    """Scorer -> query id -> a score for each candidate, none computed twice."""
+    """Scorer -> query id -> a score for each candidate; scorers of one identity, such as a model that is teacher and
+    student, are asked once."""
     pairs = {
         query: [(collection.queries[query], documents[each]) for each in hits] for query, hits in candidates.items()
     }
-    score_pairs(scorers, [pair for each in pairs.values() for pair in each], folder)
+    asked: dict[bytes, str] = {}
+    for name, scorer in scorers.items():
+        asked.setdefault(key_of(scorer.identity), name)
+    every = [pair for each in pairs.values() for pair in each]
+    score_pairs({name: scorers[name] for name in asked.values()}, every, folder)
     found: dict[str, dict[str, list[float | None]]] = {}
     for name, scorer in scorers.items():
-        kept = Shards(folder / name, pyarrow.float64())
+        kept = Shards(folder / asked[key_of(scorer.identity)], pyarrow.float64())
         found[name] = {query: [kept.get(pair_key(scorer, pair)) for pair in each] for query, each in pairs.items()}
     return found

@@ -117,6 +117,22 @@ def test_nothing_is_computed_twice(settings, source, adapted, monkeypatch):
     assert scored == [str(adapted)]
 
 
+def test_a_model_that_teaches_is_asked_once(settings, source, adapted, saved_folders, monkeypatch):
+    values = settings.model_dump(mode="json")
+    values["teachers"]["student"]["max_length"] = values["train"]["max_length"]
+    asked = []
+    score = CrossEncoderTeacher.score
+
+    def counted(self, pairs):
+        asked.extend((self.name, query, document["_id"]) for query, document in pairs)
+        return score(self, pairs)
+
+    monkeypatch.setattr(CrossEncoderTeacher, "score", counted)
+    figures = evaluate(type(settings).model_validate(values), source)
+    assert len(asked) == len(set(asked)) == 2 * 6 * DEPTH
+    assert figures["general"] == pytest.approx(figure_of(predict_of(saved_folders("qwen3"))))
+
+
 def test_the_split_is_test_by_default(settings, source, adapted):
     assert evaluate(settings, source.removesuffix(":test")) == evaluate(settings, source)
     with pytest.raises(FileNotFoundError, match=r"dev\.tsv"):

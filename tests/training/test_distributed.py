@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_querit.files import write_jsonl
+from modeling_querit.training.run import main as train
 
 # Lists of different lengths, so that the mean of two processes' means would be another loss.
 ROWS = [
@@ -24,15 +25,18 @@ ROWS = [
 ]
 
 
-# Fails if nothing was sharded, which accelerate decides without a word.
+# Several runs in the same two processes, since starting them takes most of the time. It fails if nothing was sharded,
+# which accelerate decides without a word.
 DRIVER = """
-import sys
+import json, sys
 from modeling_querit.training.run import train
 from modeling_querit.training.settings import parse
-trainer = train(*parse(sys.argv[2:]))
-assert trainer.is_fsdp_enabled
+for arguments in json.loads(sys.argv[1]):
+    trainer = train(*parse(arguments))
+    assert trainer.is_fsdp_enabled == ("--fsdp" in arguments)
 trainer.accelerator.end_training()
 """
+LAYERS = {"qwen3": "Qwen3DecoderLayer", "deepseek_v3": "DeepseekV3DecoderLayer"}
 
 
 @pytest.fixture(scope="module")
@@ -48,78 +52,111 @@ def sharding_site(tmp_path_factory):
     return site
 
 
-def launch(processes, saved_folder, rows, output_dir, *more, site=None):
-    querit = Path(sys.executable).with_name("querit")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if site is not None:
-        querit = output_dir.with_name("driver.py")
-        querit.write_text(DRIVER)
-        environment["PYTHONPATH"] = os.pathsep.join([str(site), environment.get("PYTHONPATH", "")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    settings = ["--model", saved_folder, "--train", rows, "--output_dir", output_dir, "--max_steps", 4]
-    settings += ["--per_device_train_batch_size", 4 // processes, "--learning_rate", 1e-2, "--logging_steps", 1]
-    settings += ["--losses", "pairwise_hinge", "listwise_kl", "--report_to", "none", "--use_cpu", "True"]
-    settings += ["--save_strategy", "no", *more]
-    command = [*(launcher if processes > 1 else []), *(["--no-python"] if processes > 1 and site is None else [])]
-    command += [querit, "train", *settings]
-    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    state = json.loads((output_dir / "trainer_state.json").read_text())
-    return [log for log in state["log_history"] if "loss" in log]
-
-
-LAYERS = {"qwen3": "Qwen3DecoderLayer", "deepseek_v3": "DeepseekV3DecoderLayer"}
-
-
-@pytest.fixture
-def rows(tmp_path):
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
     pytest.importorskip("peft")
-    write_jsonl(ROWS, tmp_path / "rows.jsonl")
-    return tmp_path / "rows.jsonl"
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_jsonl(ROWS, path)
+    return path
+
+
+def settings(batch_size, saved_folder, rows, output_dir, *more):
+    found = ["--model", saved_folder, "--train", rows, "--output_dir", output_dir, "--max_steps", 4]
+    found += ["--per_device_train_batch_size", batch_size, "--learning_rate", 1e-2, "--logging_steps", 1]
+    found += ["--losses", "pairwise_hinge", "listwise_kl", "--report_to", "none", "--use_cpu", "True"]
+    return [str(each) for each in [*found, "--save_strategy", "no", *more]]
+
+
+def run_as_two(*command, **environment):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    command = [str(each) for each in (*launcher, *command)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def run_by_both(rows, tmp_path_factory):
+    """Runs, by name, in one process and in two: their two folders."""
+
+    def run(runs, **environment):
+        """`runs`: name -> the model's folder, settings of both, and settings of the two alone."""
+        folder = tmp_path_factory.mktemp("runs")
+        (folder / "driver.py").write_text(DRIVER)
+        together = [
+            settings(2, model, rows, folder / name / "2", *both, *two) for name, (model, both, two) in runs.items()
+        ]
+        run_as_two(sys.executable, folder / "driver.py", json.dumps(together), **environment)
+        for name, (model, both, _) in runs.items():
+            train(settings(4, model, rows, folder / name / "1", *both))
+        return {name: (folder / name / "1", folder / name / "2") for name in runs}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain_runs(run_by_both, saved_folders):
+    return run_by_both(
+        {
+            f"{architecture}, {accumulation}": (
+                saved_folders(architecture),
+                ["--gradient_accumulation_steps", accumulation],
+                [],
+            )
+            for architecture in LAYERS
+            for accumulation in (1, 2)
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def sharded_runs(run_by_both, saved_folders, sharding_site):
+    """FSDP2, with repeated layers and packs, as in examples/train_*_fsdp.yaml."""
+
+    def fsdp(architecture):
+        config = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": LAYERS[architecture]}
+        config["cpu_ram_efficient_loading"] = False
+        return ["--gradient_checkpointing", "True", "--fsdp_config", json.dumps(config), "--fsdp"]
+
+    runs = {architecture: (saved_folders(architecture), [], fsdp(architecture)) for architecture in LAYERS}
+    runs["adapter"] = (saved_folders("qwen3"), ["--lora_rank", 2], fsdp("qwen3"))
+    site = os.pathsep.join([str(sharding_site), os.environ.get("PYTHONPATH", "")])
+    return run_by_both(runs, PYTHONPATH=site)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_train_as_one(saved_folder, rows, tmp_path, accumulation):
-    more = ["--gradient_accumulation_steps", accumulation]
-    compare(launch(1, saved_folder, rows, tmp_path / "1", *more), launch(2, saved_folder, rows, tmp_path / "2", *more))
-    compare_weights(tmp_path / "1", tmp_path / "2")
+def test_two_processes_train_as_one(plain_runs, architecture, accumulation):
+    compare(*plain_runs[f"{architecture}, {accumulation}"])
 
 
-def test_two_processes_with_half_of_the_weights_each_train_as_one(
-    architecture, saved_folder, rows, tmp_path, sharding_site
-):
-    """FSDP2, with repeated layers and packs, as in examples/train_*_fsdp.yaml."""
-    compare_sharded(architecture, saved_folder, rows, tmp_path, sharding_site)
-    assert not (tmp_path / "2" / "adapter").exists()
+def test_the_command_in_two_processes(plain_runs, saved_folders, rows, tmp_path):
+    querit = Path(sys.executable).with_name("querit")
+    run_as_two(querit, "train", *settings(2, saved_folders("qwen3"), rows, tmp_path / "2"))
+    compare(plain_runs["qwen3, 1"][0], tmp_path / "2")
 
 
-def test_two_processes_with_half_of_an_adapter_each_train_as_one(saved_folders, rows, tmp_path, sharding_site):
-    compare_sharded("qwen3", saved_folders("qwen3"), rows, tmp_path, sharding_site, "--lora_rank", 2)
-    assert (tmp_path / "2" / "adapter").exists()
-
-
-def compare_sharded(architecture, folder, rows, tmp_path, site, *more):
-    config = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": LAYERS[architecture]}
-    config["cpu_ram_efficient_loading"] = False
-    sharded = ["--gradient_checkpointing", "True", "--fsdp_config", json.dumps(config), "--fsdp"]
-    one = launch(1, folder, rows, tmp_path / "1", *more)
-    compare(one, launch(2, folder, rows, tmp_path / "2", *more, *sharded, site=site))
-    compare_weights(tmp_path / "1", tmp_path / "2")
-    first, second = (
-        {path.name for path in (tmp_path / name / "model").iterdir() if path.suffix != ".jinja"} for name in "12"
-    )
+@pytest.mark.parametrize("name", [*LAYERS, "adapter"])
+def test_two_processes_with_half_of_the_weights_each_train_as_one(sharded_runs, name):
+    one, two = sharded_runs[name]
+    compare(one, two)
+    first, second = ({path.name for path in (each / "model").iterdir()} for each in (one, two))
     assert first == second
+    assert (one / "adapter").exists() == (two / "adapter").exists() == (name == "adapter")
 
 
 def compare(one, two):
-    assert len(one) == len(two) == 4
-    for first, second in zip(one, two, strict=True):
+    """The losses of each step, and the weights."""
+    found = [losses(folder) for folder in (one, two)]
+    assert len(found[0]) == len(found[1]) == 4
+    for first, second in zip(*found, strict=True):
         for name in ("loss", "loss_pairwise_hinge", "loss_listwise_kl", "score_spread", "grad_norm"):
             assert second[name] == pytest.approx(first[name], abs=2e-4, rel=1e-3), name
-
-
-def compare_weights(one, two):
     one, two = (load_file(folder / "model" / "model.safetensors") for folder in (one, two))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def losses(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [log for log in state["log_history"] if "loss" in log]
