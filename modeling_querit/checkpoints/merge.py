@@ -191,10 +191,10 @@ class Merger:
             ThreadPoolExecutor(1) as beside,
             tqdm(total=size, unit="B", unit_scale=True, desc="Merging", disable=hidden, leave=False) as bar,
         ):
-            # Hashing takes about as long as merging, on another core.
+            # Hashing takes about as long as merging.
             provenance = beside.submit(lambda: self._provenance)
-            chunks_of = partial(self._merged_chunks, recipe=recipe, weights=weights, specs=specs, bar=bar)
-            write_weights(folder, specs, chunks_of, max_shard_size)
+            chunks_of = partial(self._merged_chunks, recipe=recipe, weights=weights, specs=specs)
+            write_weights(folder, specs, chunks_of, max_shard_size, advance=bar.update)
             record = {"recipe": recipe.published(), "parents": provenance.result(), **environment()}
         write_json(record, folder / RECORD_FILE)
         (folder / "README.md").write_text(merged_card(name, record["recipe"]), encoding="utf-8")
@@ -214,7 +214,7 @@ class Merger:
         return dtype_named(recipe.dtype)
 
     def _merged_chunks(
-        self, key: str, recipe: Recipe, weights: dict[str, torch.Tensor], specs: dict[str, Spec], bar: tqdm
+        self, key: str, recipe: Recipe, weights: dict[str, torch.Tensor], specs: dict[str, Spec]
     ) -> Iterator[torch.Tensor]:
         slices = list(row_slices(specs[key].shape))
         # What fits in one part is read once, what is longer twice: the second time from the system's cache.
@@ -224,7 +224,6 @@ class Merger:
             merged = add_up(held or self._read(key, rows), factors).to(specs[key].dtype)
             if specs[key].dtype == torch.float16 and not merged.isfinite().all():
                 raise ValueError(f"{key} has numbers that float16 cannot hold: merge in bfloat16 or float32.")
-            bar.update(merged.nbytes)
             yield merged
 
     def _gram(self, key: str, held: list[torch.Tensor] | None = None) -> torch.Tensor:

@@ -6,8 +6,10 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -19,6 +21,10 @@ WEIGHTS_PATTERN = "model{suffix}.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Elements held at a time, of each checkpoint: 4 MB in float32, which caches hold.
 CHUNK = 1024 * 1024
+# Bytes after which what was written is sent to the disk.
+_FLUSHED = 32 * 1024**2
+# Tensors are computed in so many threads at most: disks have no use for more.
+_MOST_THREADS = 8
 
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -187,14 +193,18 @@ def write_weights(
     specs: Mapping[str, Spec],
     chunks_of: Callable[[str], Iterable[torch.Tensor]],
     max_shard_size: int | str = "5GB",
+    advance: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write tensors in safetensors files, with an index where there is more than one, as `save_pretrained` names them.
+
+    Several tensors are computed and written at a time, in threads.
 
     Args:
         folder: Where.
         specs: Dtype and shape of each tensor, by key, in the order of the files.
         chunks_of: The entries of a tensor, in order, in parts of any length, in its dtype.
         max_shard_size: Bytes of one file, or a string such as "5GB".
+        advance: Told how many bytes have been written.
     """
     split = split_state_dict_into_shards_factory(
         specs,
@@ -205,7 +215,7 @@ def write_weights(
     for name, keys in split.filename_to_tensors.items():
         # The widest entries first, or narrow ones before them might leave them at odd addresses.
         ordered = sorted(keys, key=lambda key: -specs[key].dtype.itemsize)
-        _write_file(folder / name, {key: specs[key] for key in ordered}, chunks_of)
+        _write_file(folder / name, {key: specs[key] for key in ordered}, chunks_of, advance)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -238,21 +248,64 @@ def is_routing_bias(key: str) -> bool:
     return key.endswith("e_score_correction_bias")
 
 
-def _write_file(path: Path, specs: Mapping[str, Spec], chunks_of: Callable[[str], Iterable[torch.Tensor]]) -> None:
-    # One chunk is written while the next one is computed.
-    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
-        pending = beside.submit(file.write, _header(specs))
-        for key, spec in specs.items():
-            written = 0
-            for chunk in chunks_of(key):
-                written += chunk.nbytes
-                pending.result()
-                pending = beside.submit(file.write, _bytes(chunk, spec, key))
-            if written != spec.nbytes:
-                raise ValueError(f"{key} has {written} bytes, not the {spec.nbytes} of its shape {spec.shape}.")
-        pending.result()
+def _write_file(
+    path: Path,
+    specs: Mapping[str, Spec],
+    chunks_of: Callable[[str], Iterable[torch.Tensor]],
+    advance: Callable[[int], object],
+) -> None:
+    header = _header(specs)
+    starts = accumulate((spec.nbytes for spec in specs.values()), initial=len(header))
+    places = dict(zip(specs, starts, strict=False))
+    with path.open("wb") as file, _workers() as pool:
+        file.write(header)
         file.flush()
+        # The longest first, so that in the end no thread is left alone with it.
+        order = sorted(specs, key=lambda key: -specs[key].nbytes)
+        jobs = {
+            pool.submit(_write_tensor, file.fileno(), places[key], key, specs[key], chunks_of): key for key in order
+        }
+        dirty = 0
+        for job in as_completed(jobs):
+            job.result()
+            advance(specs[jobs[job]].nbytes)
+            dirty += specs[jobs[job]].nbytes
+            if dirty >= _FLUSHED:
+                # While others compute, instead of all at the end.
+                os.fdatasync(file.fileno())
+                dirty = 0
         os.fsync(file.fileno())
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch has for one operation, each with one: parts are too short to be divided."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(count, _MOST_THREADS)) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(count)
+
+
+def _write_tensor(
+    file: int, place: int, key: str, spec: Spec, chunks_of: Callable[[str], Iterable[torch.Tensor]]
+) -> None:
+    written = 0
+    for chunk in chunks_of(key):
+        data = _bytes(chunk, spec, key)
+        start, written = place + written, written + len(data)
+        # What is too much would overwrite the next tensor.
+        while data and written <= spec.nbytes:
+            count = os.pwrite(file, data, start)
+            data, start = data[count:], start + count
+    if written != spec.nbytes:
+        raise ValueError(f"{key} has {written} bytes, not the {spec.nbytes} of its shape {spec.shape}.")
 
 
 def _bytes(chunk: torch.Tensor, spec: Spec, key: str) -> memoryview:

@@ -136,6 +136,22 @@ def test_the_size_of_parts_does_not_matter(family, tmp_path, monkeypatch):
     assert_close(found, {key: tensor.double().numpy() for key, tensor in expected.items()})
 
 
+@pytest.fixture
+def three_threads():
+    count = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(count)
+
+
+def test_the_number_of_threads_does_not_matter(family, tmp_path, three_threads):
+    """And is afterwards what it was."""
+    found = merged(tmp_path / "three", family, weights=["3,1,2"])
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+    assert_same(found, merged(tmp_path / "one", family, weights=["3,1,2"]))
+
+
 def test_the_layout_of_parents_does_not_matter(model, families, saved_folder, tmp_path):
     other = str(families(model.config.text_config.model_type)[1])
     published = tiny.write_published(tmp_path / "published", model, tiny.published_tensors(model, ""), shards=3)

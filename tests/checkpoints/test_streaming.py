@@ -209,6 +209,27 @@ def test_copies_are_loaded_by_transformers(model, saved_folder, tmp_path, max_sh
     assert_same(QueritForSequenceRanking.from_pretrained(copy).state_dict(), model.state_dict())
 
 
+def test_an_error_in_a_thread_is_raised(tmp_path):
+    """And torch has as many threads as before."""
+    specs = {key: Spec(torch.float32, (4,)) for key in "abcdefgh"}
+    count = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="b has 12 bytes, not the 16"):
+            write_weights(tmp_path, specs, lambda key: [torch.zeros(3 if key == "b" else 4)])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(count)
+
+
+def test_how_far_it_is(tmp_path):
+    done = []
+    specs = {"a": Spec(torch.float32, (4,)), "b": Spec(torch.bfloat16, (8, 5)), "c": Spec(torch.float32, (0,))}
+    tensors = {key: torch.zeros(spec.shape, dtype=spec.dtype) for key, spec in specs.items()}
+    write_weights(tmp_path, specs, lambda key: [tensors[key]], 20, done.append)
+    assert sorted(done) == [0, 16, 80]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_copies_in_another_dtype(saved_folder, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(streaming, "CHUNK", 50)
