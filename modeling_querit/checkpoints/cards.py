@@ -31,8 +31,10 @@ model = CrossEncoder("{name}")
 model.rank("who wrote Faust", ["Goethe finished Faust in 1831.", "A fist is a closed hand."])
 ```
 
+vLLM uses a chat template only where it is named, as a file:
+
 ```bash
-vllm serve {name} --runner pooling
+vllm serve {name} --runner pooling --chat-template {name}/chat_template.jinja
 ```
 """
 
