@@ -111,10 +111,11 @@ def test_no_standard_input(querit, monkeypatch, saved_folder):
     assert (code, err) == (2, "querit: There is no standard input: name a file.\n")
 
 
-def test_what_cannot_be_written_is_escaped(saved_folder, tmp_path):
+def test_what_cannot_be_written_is_escaped(saved_folders, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a\\ud800b"}\n')
-    command = [Path(sys.executable).with_name("querit"), "rerank", "--query", "ü", "--model", saved_folder, path]
+    querit = Path(sys.executable).with_name("querit")
+    command = [querit, "rerank", "--query", "ü", "--model", saved_folders("qwen3"), path]
     for more in ([], ["--json"]):
         done = subprocess.run([*command, *more], capture_output=True, check=True, env=os.environ | {"LC_ALL": "C"})
         assert b"\\ud800" in done.stdout

@@ -75,42 +75,30 @@ def run_as_two(*command, **environment):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-@pytest.fixture(scope="module")
-def run_by_both(rows, tmp_path_factory):
-    """Runs, by name, in one process and in two: their two folders."""
-
-    def run(runs, **environment):
-        """`runs`: name -> the model's folder, settings of both, and settings of the two alone."""
-        folder = tmp_path_factory.mktemp("runs")
-        (folder / "driver.py").write_text(DRIVER)
-        together = [
-            settings(2, model, rows, folder / name / "2", *both, *two) for name, (model, both, two) in runs.items()
-        ]
-        run_as_two(sys.executable, folder / "driver.py", json.dumps(together), **environment)
-        for name, (model, both, _) in runs.items():
-            train(settings(4, model, rows, folder / name / "1", *both))
-        return {name: (folder / name / "1", folder / name / "2") for name in runs}
-
-    return run
+def compare_runs(runs, rows, folder, **environment):
+    """Runs in one process and in two. `runs`: name -> the model's folder, settings of both, and of the two alone."""
+    (folder / "driver.py").write_text(DRIVER)
+    together = [settings(2, model, rows, folder / name / "2", *both, *two) for name, (model, both, two) in runs.items()]
+    run_as_two(sys.executable, folder / "driver.py", json.dumps(together), **environment)
+    for name, (model, both, _) in runs.items():
+        train(settings(4, model, rows, folder / name / "1", *both))
+        compare(folder / name / "1", folder / name / "2")
 
 
-@pytest.fixture(scope="module")
-def plain_runs(run_by_both, saved_folders):
-    return run_by_both(
-        {
-            f"{architecture}, {accumulation}": (
-                saved_folders(architecture),
-                ["--gradient_accumulation_steps", accumulation],
-                [],
-            )
-            for architecture in LAYERS
-            for accumulation in (1, 2)
-        }
-    )
+def test_two_processes_train_as_one(saved_folders, rows, tmp_path):
+    runs = {
+        f"{architecture}, {accumulation}": (
+            saved_folders(architecture),
+            ["--gradient_accumulation_steps", accumulation],
+            [],
+        )
+        for architecture in LAYERS
+        for accumulation in (1, 2)
+    }
+    compare_runs(runs, rows, tmp_path)
 
 
-@pytest.fixture(scope="module")
-def sharded_runs(run_by_both, saved_folders, sharding_site):
+def test_two_processes_with_half_of_the_weights_each_train_as_one(saved_folders, rows, tmp_path, sharding_site):
     """FSDP2, with repeated layers and packs, as in examples/train_*_fsdp.yaml."""
 
     def fsdp(architecture):
@@ -121,27 +109,18 @@ def sharded_runs(run_by_both, saved_folders, sharding_site):
     runs = {architecture: (saved_folders(architecture), [], fsdp(architecture)) for architecture in LAYERS}
     runs["adapter"] = (saved_folders("qwen3"), ["--lora_rank", 2], fsdp("qwen3"))
     site = os.pathsep.join([str(sharding_site), os.environ.get("PYTHONPATH", "")])
-    return run_by_both(runs, PYTHONPATH=site)
+    compare_runs(runs, rows, tmp_path, PYTHONPATH=site)
+    for name in runs:
+        one, two = (tmp_path / name / count for count in "12")
+        assert {path.name for path in (one / "model").iterdir()} == {path.name for path in (two / "model").iterdir()}
+        assert (one / "adapter").exists() == (two / "adapter").exists() == (name == "adapter")
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_train_as_one(plain_runs, architecture, accumulation):
-    compare(*plain_runs[f"{architecture}, {accumulation}"])
-
-
-def test_the_command_in_two_processes(plain_runs, saved_folders, rows, tmp_path):
+def test_the_command_in_two_processes(saved_folders, rows, tmp_path):
     querit = Path(sys.executable).with_name("querit")
     run_as_two(querit, "train", *settings(2, saved_folders("qwen3"), rows, tmp_path / "2"))
-    compare(plain_runs["qwen3, 1"][0], tmp_path / "2")
-
-
-@pytest.mark.parametrize("name", [*LAYERS, "adapter"])
-def test_two_processes_with_half_of_the_weights_each_train_as_one(sharded_runs, name):
-    one, two = sharded_runs[name]
-    compare(one, two)
-    first, second = ({path.name for path in (each / "model").iterdir()} for each in (one, two))
-    assert first == second
-    assert (one / "adapter").exists() == (two / "adapter").exists() == (name == "adapter")
+    train(settings(4, saved_folders("qwen3"), rows, tmp_path / "1"))
+    compare(tmp_path / "1", tmp_path / "2")
 
 
 def compare(one, two):
