@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..files import replacing, write_json
+from ..training.calibration import Teachers
 from ..training.plots import PLOT_FILE
 from ..training.rows import Row
 from .manifest import in_words
@@ -48,7 +49,8 @@ def write_report(
         pictures["Training"] = PLOT_FILE
     figures = [evaluate(settings, source) for source in settings.evaluation]
     write_json({"rows": figures}, folder / FIGURES_FILE)
-    parts = ["# Adaptation", _figures(figures), _stages(stages), _examples(queries, settings.seed)]
+    parts = ["# Adaptation", _figures(figures), _stages(stages), _teachers(settings, rows)]
+    parts.append(_examples(queries, settings.seed))
     parts += [f"## {title}\n\n![{title}]({name})" for title, name in pictures.items()]
     with replacing(folder / REPORT_FILE) as aside:
         aside.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -75,6 +77,37 @@ def _stages(stages: Mapping[str, Mapping[str, Any]]) -> str:
     for name, each in stages.items():
         lines.append(f"| {name} | {each['seconds']:,.0f} | {in_words(each['counts'])} |")
     return "\n".join(lines)
+
+
+def _teachers(settings: AdaptSettings, rows: Sequence[Row]) -> str:
+    """Where teachers put the document that a query was written for: without a label, the best guess of who is right."""
+    judged = [row for row in rows if row["positive"] is not None]
+    if not judged:
+        return ""
+    weights = {name: each.weight for name, each in settings.teachers.items()}
+    methods = {name: each.calibration for name, each in settings.teachers.items()}
+    together = Teachers.fit([row["scores"] for row in rows], weights, methods)
+    lines = [
+        "## Teachers",
+        "",
+        "Where they put the document that a query was written for, among its candidates. One that seldom puts it first",
+        "may deserve less weight; but queries that were taken from documents flatter teachers that match words.",
+        "",
+        "| teacher | weight | puts it first | mean reciprocal rank |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    shown = [(name, f"{weight:g}", [row["scores"][name] for row in judged]) for name, weight in weights.items()]
+    shown.append(("together", "", [together.labels(row["scores"]) for row in judged]))
+    for name, weight, scores in shown:
+        ranks = [_rank(row["positive"], each) for row, each in zip(judged, scores, strict=True)]
+        first, reciprocal = (sum(each) / len(ranks) for each in ([rank == 1 for rank in ranks], [1 / n for n in ranks]))
+        lines.append(f"| {name} | {weight} | {first:.0%} | {reciprocal:.2f} |")
+    return "\n".join(lines)
+
+
+def _rank(place: int, scores: Sequence[float]) -> int:
+    """From 1; of equal scores, the last."""
+    return sum(score >= scores[place] for score in scores)
 
 
 def _examples(queries: Sequence[Mapping[str, Any]], seed: int) -> str:
