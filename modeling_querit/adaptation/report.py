@@ -84,9 +84,8 @@ def _teachers(settings: AdaptSettings, rows: Sequence[Row]) -> str:
     judged = [row for row in rows if row["positive"] is not None]
     if not judged:
         return ""
-    weights = {name: each.weight for name, each in settings.teachers.items()}
-    methods = {name: each.calibration for name, each in settings.teachers.items()}
-    together = Teachers.fit([row["scores"] for row in rows], weights, methods)
+    weights = settings.teacher_weights
+    together = Teachers.fit([row["scores"] for row in rows], weights, settings.calibrations)
     lines = [
         "## Teachers",
         "",

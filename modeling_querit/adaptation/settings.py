@@ -133,6 +133,16 @@ class AdaptSettings(Section):
     evaluation_depth: int = Field(20, ge=1, description="Documents a query that are reranked there.")
     seed: int = 0
 
+    @property
+    def teacher_weights(self) -> dict[str, float]:
+        """By name."""
+        return {name: each.weight for name, each in self.teachers.items()}
+
+    @property
+    def calibrations(self) -> dict[str, str]:
+        """By name."""
+        return {name: each.calibration for name, each in self.teachers.items()}
+
     def training(self, rows: Path, output_dir: Path) -> dict[str, Any]:
         """The settings of `querit train`: ours, unless the section `train` says otherwise."""
         return (
@@ -141,8 +151,8 @@ class AdaptSettings(Section):
             | {
                 "train": [str(rows)],
                 "output_dir": str(output_dir),
-                "teacher_weights": {name: each.weight for name, each in self.teachers.items()},
-                "calibration": {name: each.calibration for name, each in self.teachers.items()},
+                "teacher_weights": self.teacher_weights,
+                "calibration": self.calibrations,
                 "seed": self.seed,
                 "resume": True,
             }

@@ -262,9 +262,7 @@ def _write_file(
         file.flush()
         # The longest first, so that in the end no thread is left alone with it.
         order = sorted(specs, key=lambda key: -specs[key].nbytes)
-        jobs = {
-            pool.submit(_write_tensor, file.fileno(), places[key], key, specs[key], chunks_of): key for key in order
-        }
+        jobs = {pool.submit(_write_tensor, path, places[key], key, specs[key], chunks_of): key for key in order}
         dirty = 0
         for job in as_completed(jobs):
             job.result()
@@ -272,7 +270,7 @@ def _write_file(
             dirty += specs[jobs[job]].nbytes
             if dirty >= _FLUSHED:
                 # While others compute, instead of all at the end.
-                os.fdatasync(file.fileno())
+                os.fsync(file.fileno())
                 dirty = 0
         os.fsync(file.fileno())
 
@@ -294,16 +292,16 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
 
 
 def _write_tensor(
-    file: int, place: int, key: str, spec: Spec, chunks_of: Callable[[str], Iterable[torch.Tensor]]
+    path: Path, place: int, key: str, spec: Spec, chunks_of: Callable[[str], Iterable[torch.Tensor]]
 ) -> None:
     written = 0
-    for chunk in chunks_of(key):
-        data = _bytes(chunk, spec, key)
-        start, written = place + written, written + len(data)
-        # What is too much would overwrite the next tensor.
-        while data and written <= spec.nbytes:
-            count = os.pwrite(file, data, start)
-            data, start = data[count:], start + count
+    with path.open("r+b") as file:
+        file.seek(place)
+        for chunk in chunks_of(key):
+            written += chunk.nbytes
+            # What is too much would overwrite the next tensor.
+            if written <= spec.nbytes:
+                file.write(_bytes(chunk, spec, key))
     if written != spec.nbytes:
         raise ValueError(f"{key} has {written} bytes, not the {spec.nbytes} of its shape {spec.shape}.")
 
