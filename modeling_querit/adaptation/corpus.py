@@ -115,9 +115,9 @@ def _clean(row: Any, number: int) -> tuple[Document, str | None]:
     title = row.get("title") or ""
     if not isinstance(title, str):
         return {}, "title is no text"
-    identity = next((row[name] for name in ("_id", "id", "docid") if row.get(name) is not None), number)
     # Runs are files whose fields are divided by white space.
-    document = {"_id": tidy(str(identity)).replace(" ", "_"), "title": tidy(title), "text": tidy(row["text"])}
+    given = (tidy(str(row[name])).replace(" ", "_") for name in ("_id", "id", "docid") if row.get(name) is not None)
+    document = {"_id": next(filter(None, given), str(number)), "title": tidy(title), "text": tidy(row["text"])}
     if not any(map(str.isalnum, document["text"])):
         return document, "empty"
     raw = row["text"]
@@ -140,6 +140,13 @@ def cut(document: Document, max_chars: int) -> Document:
     head = text[: max_chars + 1] if text[max_chars].isspace() else text[:max_chars]
     # Scripts without spaces are cut where they are.
     return document | {"text": head[: head.rfind(" ")] if " " in head[max_chars // 2 :] else head}
+
+
+def cut_all(documents: Iterable[Document], max_chars: int, counts: Counter[str]) -> Iterator[Document]:
+    """Documents with no more than `max_chars` characters of text; those that had more are counted as `cut`."""
+    for document in documents:
+        counts["cut"] += len(document["text"]) > max_chars
+        yield cut(document, max_chars)
 
 
 def language_of(text: str) -> str:

@@ -16,6 +16,10 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
 
+# What is asked is at fault, such as a document that is longer than the model reads: others may be answered.
+_REFUSED = {400, 413, 422}
+# So many of these before the first answer: the request itself is wrong.
+_REFUSALS = 8
 # Too many requests, timeouts, and servers in trouble: the same request may succeed later.
 _TRY_AGAIN = {408, 409, 425, 429}
 _LONGEST_WAIT = 60.0
@@ -33,12 +37,16 @@ class Malformed(RuntimeError):
     """An answer that is cut off, or not of the form it has to be."""
 
 
+class Refused(ValueError):
+    """A request that the server does not answer, and would not if it were repeated."""
+
+
 class Endpoint:
     """One route of a server that takes and returns JSON.
 
     Requests that fail for reasons that may pass (no connection, timeouts, status 408, 409, 425, 429 and 5xx, answers
-    that are cut off or malformed) are repeated, after waits that double, or as long as `Retry-After` says. Others,
-    such as 401, end the run at once.
+    that are cut off or malformed) are repeated, after waits that double, or as long as `Retry-After` says. Those with
+    status 400, 413 or 422 are `Refused`. Others, such as 401, end the run at once, as do refusals without any answer.
 
     Args:
         url: Of the route.
@@ -74,6 +82,7 @@ class Endpoint:
         self.url, self.concurrency, self._timeout = url, concurrency, timeout
         #: How often a request was repeated, by what was wrong.
         self.repeated: Counter[str] = Counter()
+        self._answered, self._refusals = False, 0
         key = _key_of(api_key_variable)
         self._client = httpx.Client(
             timeout=timeout,
@@ -95,7 +104,8 @@ class Endpoint:
 
         Raises:
             Unavailable, Malformed: if that is how the last attempt ended.
-            ValueError: if the server refuses the request; repeating it would not help.
+            Refused: if the server refuses this request.
+            ValueError: if it refuses all; repeating them would not help.
         """
         return self._retrying.copy()(self._ask, payload, parse)
 
@@ -124,7 +134,12 @@ class Endpoint:
             message = f"{self.url} answered {response.status_code}: {response.text[:200]}"
             raise Unavailable(message, _retry_after(response))
         if response.status_code != 200:
-            raise ValueError(f"{self.url} answered {response.status_code}: {response.text[:200]}")
+            self._refusals += 1
+            is_one = response.status_code in _REFUSED and (self._answered or self._refusals <= _REFUSALS)
+            raise (Refused if is_one else ValueError)(
+                f"{self.url} answered {response.status_code}: {response.text[:200]}"
+            )
+        self._answered = True
         try:
             answer = response.json()
         except (ValueError, RecursionError) as error:

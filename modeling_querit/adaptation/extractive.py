@@ -20,6 +20,12 @@ _KEYWORDS = 5
 # Words of a span, which is a part of a sentence.
 _SPAN = 12
 _MIN_CHARS = 12
+# Tokens without which a document says nothing.
+_LEAST_LEFT = 5
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese: a word may follow another without a space.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+# Not within a word.
+_START, _END = rf"(?<![^\W{_UNSPACED}])", rf"(?![^\W{_UNSPACED}])"
 
 
 class ExtractiveGenerator:
@@ -56,7 +62,7 @@ class ExtractiveGenerator:
         return [self._makers[request.style](request.document) for request in requests]
 
     def _drawn(self, document: Document) -> str:
-        rng = random.Random(f"{self._seed}/{document['_id']}")
+        rng = random.Random(f"{self._seed}/claim/{document['_id']}")
         found = sentences(document["text"])
         # The first one is taken by another style.
         words = _WORDS.findall(rng.choice(found[1:] or found))
@@ -83,13 +89,36 @@ def sentences(text: str) -> list[str]:
         ['Dr. Faust sold his soul.', 'Goethe wrote it down.']
         ```
     """
+    ends = [match.end() for match in _SENTENCE.finditer(text)]
     found: list[str] = []
-    for part in filter(str.strip, _SENTENCE.split(text)):
-        if found and len(found[-1]) < _MIN_CHARS:
-            found[-1] = f"{found[-1]} {part}".strip()
-        else:
-            found.append(part.strip())
+    start = 0
+    for end in [*ends, len(text)]:
+        # As it stands in the text, whatever is between its parts.
+        part = text[start:end].strip()
+        if len(part) >= _MIN_CHARS or (part and end == len(text)):
+            found.append(part)
+            start = end
     return found or [""]
+
+
+def without_copy(document: Document, query: str) -> Document | None:
+    """The document less the query, where title and text first have it word for word; None, if hardly anything is left.
+
+    A reader that is to learn what answers a query must not find it by its wording (the inverse cloze task: Lee et al.,
+    arXiv 1906.00300, section 4).
+
+    Example:
+        ```python
+        >>> without_copy({"title": "Faust", "text": "Goethe wrote it in two parts. The devil wins."}, "The devil wins.")
+        {'title': 'Faust', 'text': 'Goethe wrote it in two parts.'}
+        ```
+    """
+    if not query.strip():
+        return document
+    copied = re.compile(rf"\s*{_START}{re.escape(query.strip())}{_END}\s*")
+    fields = [name for name in ("title", "text") if copied.search(document[name])]
+    left = {**document, **{name: copied.sub(" ", document[name], count=1).strip() for name in fields}}
+    return left if not fields or len(tokenize(_whole(left))) >= _LEAST_LEFT else None
 
 
 def _whole(document: Document) -> str:

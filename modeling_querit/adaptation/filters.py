@@ -9,6 +9,7 @@ from typing import Any
 from ..retrieval.bm25 import tokenize
 from ..training.mining import Retriever
 from .corpus import UNKNOWN_LANGUAGE, Document, language_of
+from .extractive import without_copy
 
 # Queries looked up at once.
 _LOOKED_UP = 256
@@ -63,7 +64,9 @@ class Limits:
 def judged(
     queries: Iterable[Query], documents: Mapping[str, Document], limits: Limits, first_stage: Retriever | None
 ) -> Iterator[tuple[Query, str | None]]:
-    """Each query with the reason to drop it: `short`, `long`, `language`, `copied`, `duplicate`, `round-trip`, or None.
+    """Each query with the reason to drop it, or None.
+
+    Reasons: `short`, `long`, `language`, `copied`, `whole` (all that its document says), `duplicate`, `round-trip`.
 
     Args:
         queries: In order; of two that say the same the first stays.
@@ -107,7 +110,7 @@ def _fault(query: Query, document: Document, limits: Limits) -> str | None:
         return "language"
     if query.generator not in limits.may_copy and copied_share(tokens, document) > limits.max_copied:
         return "copied"
-    return None
+    return "whole" if without_copy(document, query.text) is None else None
 
 
 def _is_in(text: str, language: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from .corpus import cut, tidy
-from .endpoint import Endpoint, Malformed
+from .endpoint import Endpoint, Malformed, Refused
 from .prompts import INSTRUCTION, Request, completion_of, messages_of
 from .shards import key_of
 from .weights import device, identity_of, without_special
@@ -96,8 +96,15 @@ class TransformersGenerator:
             # A line is all that is wanted, and a model without a chat template does not know when to stop.
             stop = {} if is_chat else {"stop_strings": ["\n"], "tokenizer": tokenizer}
             written = model.generate(**inputs, **self.settings, **stop, pad_token_id=tokenizer.pad_token_id)
-        texts = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [first_line(text) for text in texts]
+        written = written[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        # Nothing after it: it was cut off where its tokens ended, unless its end is a token of its own.
+        ends = torch.tensor([tokenizer.pad_token_id, *_ends_of(model)], device=written.device)
+        has_ended = torch.isin(written[:, -1], ends).tolist()
+        return [
+            first_line(text) if ended or not (_is_one_line(text) and text[-1:] != "\n") else ""
+            for text, ended in zip(texts, has_ended, strict=True)
+        ]
 
     def _prompt(self, request: Request) -> str:
         _, tokenizer = self._loaded
@@ -109,6 +116,12 @@ class TransformersGenerator:
             return completion_of(request, self.shots)
         options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
         return tokenizer.apply_chat_template(messages_of(request, self.template), **options)
+
+
+def _ends_of(model: Any) -> list[int]:
+    """Tokens that end what the model writes."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 class EndpointGenerator:
@@ -149,7 +162,7 @@ class EndpointGenerator:
         self.identity = ["endpoint", self.settings, version, template, max_chars, seed]
 
     def generate(self, requests: Sequence[Request]) -> list[str | None]:
-        """The first line of each answer; None where answers were malformed to the last attempt."""
+        """The first line of each answer; None where it was refused, or malformed to the last attempt."""
         return self.endpoint.map(self._query_of, requests)
 
     def _query_of(self, request: Request) -> str | None:
@@ -158,15 +171,21 @@ class EndpointGenerator:
         payload = self.settings | {"messages": messages, "seed": seed}
         try:
             return self.endpoint.ask(payload, _content)
-        except Malformed:
+        except (Malformed, Refused):
             return None
 
 
 def _content(answer: Any) -> str:
-    content = answer["choices"][0]["message"]["content"]
+    choice = answer["choices"][0]
+    content = choice["message"]["content"]
     if not isinstance(content, str):
         raise Malformed(f"The answer's content is {content!r}.")
-    return first_line(content)
+    return "" if choice.get("finish_reason") == "length" and _is_one_line(content) else first_line(content)
+
+
+def _is_one_line(text: str) -> bool:
+    """Whether the first line may go on: the answer was cut off within it."""
+    return "\n" not in text.strip()
 
 
 def first_line(text: str) -> str:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 
+from ..checkpoints.mini import MINI_NAME
 from ..files import sha256, write_jsonl
+from ..retrieval.dense import PACKAGES, check_package
 from ..retrieval.runs import is_run, write_run
+from ..training.distillation import TEACHERS_FILE
+from ..training.record import FREE
 from ..training.run import train
 from ..training.settings import as_flags, parse
 from . import corpus as corpora
@@ -34,8 +40,12 @@ from .scoring import pairs_of, rows_of, score_pairs
 from .settings import EXTRACTIVE, AdaptSettings
 from .shards import Shards, key_of
 from .teachers import Teacher
+from .weights import identity_of
 
 logger = logging.getLogger(__name__)
+
+# In the folder of training: what it was begun with.
+_MARK = "fingerprint.txt"
 
 
 @dataclass(frozen=True)
@@ -71,13 +81,13 @@ _STAGES = (
         "teachers",
         ("corpus.jsonl", "queries.jsonl", "candidates.jsonl"),
         ("data/train.jsonl",),
-        ("teachers", "candidates"),
+        ("teachers", "candidates", "queries"),
         is_shared_out=True,
     ),
     Stage(
         "train",
         ("train.jsonl",),
-        ("train/model/*.json", "train/model/*.safetensors"),
+        ("train/model/*.json", "train/model/*.safetensors", "train/teachers.json"),
         ("train", "teachers"),
         is_shared_out=True,
     ),
@@ -85,7 +95,7 @@ _STAGES = (
         "report",
         ("queries.jsonl", "train.jsonl"),
         ("report/report.md", "report/figures.json"),
-        ("evaluation", "evaluation_depth", "train", "teachers", "candidates"),
+        ("evaluation", "evaluation_depth", "evaluation_max_length", "train", "teachers", "candidates"),
     ),
 )
 STAGES = tuple(stage.name for stage in _STAGES)
@@ -123,6 +133,10 @@ class Adaptation:
         for name in stages:
             if name not in STAGES:
                 raise ValueError(f"stage is {name!r}: choose from {', '.join(STAGES)}.")
+        # Not in the middle of the night.
+        for name in (*self.settings.candidates.first_stages, *self.settings.teachers):
+            check_package(name)
+        as_flags(self.settings.training(self.data / "train.jsonl", self.folder / "train"), "the section train")
         for stage in _STAGES:
             if stage.name in stages and (stage.is_shared_out or self.processes.is_main):
                 self._do(stage)
@@ -133,7 +147,8 @@ class Adaptation:
     def do_corpus(self) -> dict[str, Any]:
         """Documents, and those of them that queries are written for."""
         args, dropped = self.settings.corpus, Counter()
-        read = (corpora.cut(each, args.max_chars) for each in corpora.read_documents(args.sources, dropped))
+        cut: Counter[str] = Counter()
+        read = corpora.cut_all(corpora.read_documents(args.sources, dropped), args.max_chars, cut)
         wanted = corpora.with_languages(read, args.languages, dropped)
         documents = list(corpora.drop_near_duplicates(wanted, dropped, args.similarity))
         if len(documents) < 2:
@@ -145,7 +160,7 @@ class Adaptation:
         write_jsonl(documents, self.data / "corpus.jsonl")
         write_jsonl([each["_id"] for each in chosen], self.data / "sample.jsonl")
         languages = Counter(each["language"] for each in documents)
-        return {"documents": len(documents), "sample": len(chosen), "languages": languages, "dropped": dropped}
+        return {"documents": len(documents), **cut, "sample": len(chosen), "languages": languages, "dropped": dropped}
 
     def do_queries(self) -> dict[str, Any]:
         """Queries for the sample, and what was dropped."""
@@ -200,7 +215,8 @@ class Adaptation:
         if not self.processes.is_main:
             return {}
         left_out: Counter[str] = Counter()
-        rows = list(rows_of(candidates, texts, self.documents, self.teachers, self.kept / "scores", left_out))
+        read = (candidates, texts, self.documents, self.teachers, self.kept / "scores", left_out)
+        rows = list(rows_of(*read, self.settings.queries.masked, self.settings.seed))
         if not rows:
             raise ValueError(f"No query has two documents with scores of all teachers: {in_words(left_out)}.")
         write_jsonl(rows, self.data / "train.jsonl")
@@ -209,7 +225,13 @@ class Adaptation:
 
     def do_train(self) -> dict[str, Any]:
         """The student: `train/model`."""
-        given = self.settings.training(self.data / "train.jsonl", self.folder / "train")
+        rows, folder = self.data / "train.jsonl", self.folder / "train"
+        given = self.settings.training(rows, folder)
+        if self.processes.is_main:
+            # What training may go on with, if it stopped.
+            free = {name: value for name, value in given.items() if name not in FREE}
+            _make_way(folder, key_of(free, sha256(rows), _identities([given["model"]])).hex())
+        self.processes.wait()
         train(*parse(as_flags(given, "the section train")))
         return {}
 
@@ -276,10 +298,11 @@ class Adaptation:
             self.echo(f"{STAGES.index(stage.name) + 1}/{len(STAGES)} {stage.name}: {in_words(counts) or 'done'}")
 
     def _fingerprint(self, stage: Stage) -> str:
-        """Of the settings of a stage and of the files that it reads."""
+        """Of the settings of a stage, of the files that it reads, and of the models that it asks."""
         settings = self.settings.model_dump(mode="json", include=set(stage.sections))
         files = [*(self.data / name for name in stage.reads), *_files_of(self.settings, stage.name)]
-        return key_of(settings, self.settings.seed, [sha256(path) for path in files]).hex()
+        models = _identities(_models_of(self.settings, stage.sections))
+        return key_of(settings, self.settings.seed, [sha256(path) for path in files], models).hex()
 
 
 def _files_of(settings: AdaptSettings, name: str) -> list[Path]:
@@ -291,9 +314,42 @@ def _files_of(settings: AdaptSettings, name: str) -> list[Path]:
         found = [settings.queries.examples] if settings.queries.examples else []
     elif name == "candidates":
         found = [Path(each) for each in settings.candidates.first_stages if is_run(each)]
+    elif name == "report":
+        run = settings.output_dir / "train"
+        judged = [Path(source.partition(":")[0]) for source in settings.evaluation]
+        found = [run / TEACHERS_FILE, *sorted((run / "model").glob("*.safetensors"))]
+        found += [path for folder in judged for path in sorted(folder.rglob("*")) if path.is_file()]
     else:
         found = []
     return [path for path in found if path.exists()]
+
+
+def _models_of(settings: AdaptSettings, sections: Sequence[str]) -> list[str]:
+    """Names of the models that sections ask for."""
+    found = [*settings.candidates.first_stages] if "candidates" in sections else []
+    if "queries" in sections:
+        found += [each.get("model", "") for each in settings.queries.generators.values()]
+    if "teachers" in sections:
+        found += [(each.model_extra or {}).get("model", name) for name, each in settings.teachers.items()]
+    return found
+
+
+def _identities(names: Iterable[str]) -> dict[str, Any]:
+    """What tells apart models that may change under their names: those in folders, and in packages."""
+    found = {name: version(PACKAGES[name]) for name in names if name in PACKAGES}
+    return found | {name: identity_of(name) for name in names if name == MINI_NAME or (name and Path(name).is_dir())}
+
+
+def _make_way(folder: Path, fingerprint: str) -> None:
+    """Move aside what was begun with other rows, settings or weights: it cannot go on with these."""
+    mark = folder / _MARK
+    if folder.exists() and not (mark.exists() and mark.read_text() == fingerprint):
+        names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
+        aside = next(path for path in names if not path.exists())
+        folder.rename(aside)
+        logger.warning("%s was made with other rows, settings or weights: it is %s now.", folder, aside)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(fingerprint)
 
 
 def _repeated(asked: Mapping[str, Any]) -> dict[str, Counter[str]]:

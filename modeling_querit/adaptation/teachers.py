@@ -13,7 +13,7 @@ import torch
 
 from ..checkpoints.loading import load_model
 from .corpus import Document
-from .endpoint import Endpoint, Malformed
+from .endpoint import Endpoint, Malformed, Refused
 from .shards import key_of
 from .weights import device, identity_of, without_special
 
@@ -203,6 +203,7 @@ class EndpointTeacher:
         version: Changed by you when the server has got other weights under the same name: scores are kept under it.
         batch_size: Pairs written down at once.
         max_chars: Of a document; the rest is not sent.
+        extra_body: What else goes with each request, such as `{"truncate_prompt_tokens": 8192}`.
         **options: Those of `Endpoint`.
     """
 
@@ -214,25 +215,26 @@ class EndpointTeacher:
         version: str = "1",
         batch_size: int = 256,
         max_chars: int = 20_000,
+        extra_body: dict[str, Any] | None = None,
         **options: Any,
     ):
-        self.model, self.batch_size, self.max_chars = model, batch_size, max_chars
+        self.settings, self.batch_size, self.max_chars = {"model": model, **(extra_body or {})}, batch_size, max_chars
         self.endpoint = Endpoint(f"{url.rstrip('/')}/rerank", **options)
         # Which machine answers does not matter, what answers does.
-        self.identity = ["endpoint", model, version, max_chars]
+        self.identity = ["endpoint", self.settings, version, max_chars]
 
     def score(self, pairs: Sequence[Pair]) -> list[float | None]:
-        """The server's scores; None for the pairs of a query whose answer was malformed to the last attempt."""
+        """The server's scores; None for the pairs of a query that was refused, or malformed to the last attempt."""
         queries = [(query, [pair for _, pair in group]) for query, group in groupby(pairs, key=lambda pair: pair[0])]
         return [score for scores in self.endpoint.map(self._scores_of, queries) for score in scores]
 
     def _scores_of(self, asked: tuple[str, list[Document]]) -> list[float | None]:
         query, documents = asked
         texts = [text_of(document)[: self.max_chars] for document in documents]
-        payload = {"model": self.model, "query": query, "documents": texts, "top_n": len(texts)}
+        payload = {**self.settings, "query": query, "documents": texts, "top_n": len(texts)}
         try:
             return self.endpoint.ask(payload, lambda answer: _in_order(answer["results"], len(texts)))
-        except Malformed:
+        except (Malformed, Refused):
             return [None] * len(texts)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
 from pathlib import Path
 
+from ..folder_querit import write_code_files
+from .adapters import ADAPTER_CONFIG
 from .loading import load_model
 from .parents import open_parent
 from .streaming import copy_weights, dtype_named
@@ -14,12 +17,12 @@ from .writing import check_new, whole_folder, write_whole
 
 
 def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike, dtype: str = "auto") -> Path:
-    """Load a checkpoint in any layout that `from_pretrained` understands, and write it as `save_pretrained` does.
+    """Write a checkpoint, in any layout that `from_pretrained` understands, or an adapter, as `save_pretrained` does.
 
     The folder is written aside and then renamed: it is whole, or not there.
 
     Args:
-        source: Folder or repository.
+        source: Folder or repository, or folder of a LoRA adapter.
         destination: A folder that does not exist yet, or is empty.
         dtype: Of the weights; "auto" keeps the checkpoint's.
 
@@ -34,11 +37,26 @@ def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike
         ```
     """
     destination = check_new(destination)
+    if (Path(source) / ADAPTER_CONFIG).exists():
+        _convert_adapter(source, destination, dtype)
+        return destination
     model = load_model(source, dtype)
     # Before anything is written: without a tokenizer the folder would serve nobody.
     _ = model.processor
     write_whole(model, destination)
     return destination
+
+
+def _convert_adapter(source: str | os.PathLike, destination: Path, dtype: str) -> None:
+    """The adapter and its base as one model."""
+    with tempfile.TemporaryDirectory() as aside, whole_folder(destination) as folder:
+        parent = open_parent(str(source), Path(aside))
+        copy_weights(folder, parent.tensors, dtype_named(dtype))
+        config = copy.deepcopy(parent.model.config)
+        config.dtype = config.text_config.dtype = dtype_named(dtype) or parent.tensors["score.weight"].dtype
+        config.save_pretrained(folder)
+        write_code_files(parent.model, folder)
+        parent.write_tokenizer(folder)
 
 
 def publish_checkpoint(source: str | os.PathLike, destination: str | os.PathLike, dtype: str = "auto") -> Path:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,8 @@ from ..environment import environment
 from ..files import sha256, write_json
 from ..folder_querit import write_code_files
 from .cards import merged_card
-from .parents import Parent, check_alike, check_trained, open_parent
+from .naming import public_names
+from .parents import Parent, check_alike, check_trained, open_base, open_parent
 from .schedule import Schedule
 from .spherical import METHODS, add_up, gram_of
 from .streaming import Spec, dtype_named, is_routing_bias, row_slices, write_weights
@@ -44,6 +45,7 @@ class Recipe:
         base: For "task_arithmetic": what the models were trained from.
         scale: For "task_arithmetic": of the sum of task vectors.
         dtype: Of the result: "auto" (that of the models), "float32", "bfloat16" or "float16".
+        parents: Of a `merge.json`: with the hashes that the base and the models must have.
 
     Raises:
         ValueError: if these do not go together.
@@ -56,6 +58,7 @@ class Recipe:
     base: str | None = None
     scale: float = 1.0
     dtype: str = "auto"
+    parents: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         for name in ("models", "t", "weights"):
@@ -82,30 +85,38 @@ class Recipe:
     def load(cls, path: str | Path, **changes: Any) -> Recipe:
         """From a `merge.json`, or from JSON with the same keys; what is given in `changes` takes precedence.
 
+        Models that a `merge.json` was made of have to be the same ones again, by their hashes.
+
         Raises:
             OSError: if there is no such file.
             ValueError: if it is no recipe.
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**found.get("recipe", found) | changes)
+            recipe = found.get("recipe", found) | changes
+            # Other models have other hashes.
+            is_other = not found.get("parents") or changes.keys() & {"models", "base"}
+            return cls(**recipe, parents=() if is_other else found["parents"])
         except (AttributeError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no recipe ({error}): give JSON with the keys of merge.json.") from None
 
     def published(self) -> dict[str, Any]:
-        """For a record that may leave this machine: folders by their last name alone."""
-        models, base = [_public_name(each) for each in self.models], self.base and _public_name(self.base)
-        return asdict(self) | {"models": models, "base": base}
+        """For a record that may leave this machine: no more of the paths of folders than tells them apart."""
+        names = public_names(self.names)
+        found = asdict(self) | {"models": names[-len(self.models) :], "base": names[0] if self.base else None}
+        del found["parents"]
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        """Of the base, if there is one, and of the models."""
+        return [str(each) for each in (*((self.base,) if self.base else ()), *self.models)]
 
     def schedule(self, layers: int) -> Schedule:
         """The weights of the models, by tensor."""
         if self.weights or len(self.models) > 2:
             return Schedule.of_weights(self.weights, len(self.models), layers)
         return Schedule.of_t(self.t, layers)
-
-
-def _public_name(name: str | Path) -> str:
-    return Path(name).resolve().name if Path(name).is_dir() else str(name)
 
 
 def merge_checkpoints(
@@ -143,13 +154,13 @@ def merge_checkpoints(
 def opened(recipe: Recipe) -> Iterator[Merger]:
     """The models of a recipe, checked, ready to be merged any number of times."""
     with tempfile.TemporaryDirectory(prefix="querit-merge-") as aside:
+        models = [open_parent(str(name), Path(aside)) for name in recipe.models]
         # The base first: that is where task arithmetic looks for it.
-        names = [*([recipe.base] if recipe.base else []), *recipe.models]
-        parents = [open_parent(str(name), Path(aside)) for name in names]
+        parents = [*([open_base(recipe.base, Path(aside))] if recipe.base else []), *models]
         check_alike(parents)
-        for parent in parents[-len(recipe.models) :]:
-            check_trained(parent)
-        yield Merger(parents)
+        for model in models:
+            check_trained(model)
+        yield Merger(parents, models)
 
 
 @dataclass
@@ -158,9 +169,11 @@ class Merger:
 
     Args:
         parents: The base, if there is one, and the models.
+        models: The models alone.
     """
 
     parents: list[Parent]
+    models: list[Parent]
     _grams: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
 
     def write(
@@ -180,7 +193,7 @@ class Merger:
             max_shard_size: Bytes of one weight file.
             show_progress_bar: By default only on a terminal.
         """
-        first = self.parents[0]
+        first = self.models[0]
         config = copy.deepcopy(first.model.config)
         schedule = recipe.schedule(config.text_config.num_hidden_layers)
         weights = {key: schedule.weights(key) for key in first.tensors}
@@ -192,10 +205,11 @@ class Merger:
             tqdm(total=size, unit="B", unit_scale=True, desc="Merging", disable=hidden, leave=False) as bar,
         ):
             # Hashing takes about as long as merging.
-            provenance = beside.submit(lambda: self._provenance)
+            hashes = beside.submit(lambda: self._hashes)
             chunks_of = partial(self._merged_chunks, recipe=recipe, weights=weights, specs=specs)
             write_weights(folder, specs, chunks_of, max_shard_size, advance=bar.update)
-            record = {"recipe": recipe.published(), "parents": provenance.result(), **environment()}
+            parents = self._provenance(recipe, hashes.result())
+        record = {"recipe": recipe.published(), "parents": parents, **environment()}
         write_json(record, folder / RECORD_FILE)
         (folder / "README.md").write_text(merged_card(name, record["recipe"]), encoding="utf-8")
         config.dtype = config.text_config.dtype = specs["score.weight"].dtype
@@ -204,7 +218,7 @@ class Merger:
         first.write_tokenizer(folder)
 
     def _dtype_of(self, key: str, recipe: Recipe) -> torch.dtype:
-        stored = {parent.tensors[key].dtype for parent in self.parents}
+        stored = {model.tensors[key].dtype for model in self.models}
         for parent in self.parents:
             dtype = parent.tensors[key].dtype
             if not dtype.is_floating_point or dtype.itemsize == 1:
@@ -244,10 +258,18 @@ class Merger:
                 raise ValueError(f"{key} of {parent.name} holds NaN or infinite numbers.")
 
     @cached_property
-    def _provenance(self) -> list[dict[str, Any]]:
+    def _hashes(self) -> list[dict[str, str]]:
+        return [{name: sha256(path) for name, path in parent.named_files().items()} for parent in self.parents]
+
+    def _provenance(self, recipe: Recipe, hashes: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+        names = public_names(recipe.names)
+        for name, found, known in zip(names, hashes, recipe.parents or [{}] * len(names), strict=True):
+            if found != known.get("sha256", found):
+                raise ValueError(f"{name} is not the model that the record was made of: its hashes are others.")
+        revisions = [parent.revision for parent in self.parents]
         return [
-            {"name": _public_name(parent.name), "sha256": {path.name: sha256(path) for path in parent.files}}
-            for parent in self.parents
+            {"name": name, **({"revision": revision} if revision else {}), "sha256": found}
+            for name, revision, found in zip(names, revisions, hashes, strict=True)
         ]
 
 

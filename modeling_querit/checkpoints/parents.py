@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -18,13 +20,15 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import extract_commit_hash
 
 from ..files import sha256
 from ..modeling_querit import QueritForSequenceRanking
 from .adapters import ADAPTER_CONFIG, adapted_tensors, base_of
 from .loading import is_reranker, load_for_training
 from .mini import BASE_NAME, MINI_NAME, default_model_path
-from .streaming import LazyTensor, StoredTensor, open_weights
+from .streaming import LazyTensor, StoredTensor, dtype_named, open_weights
 from .writing import write_whole
 
 # What loading needs: no pickles, no logs, no images.
@@ -53,6 +57,7 @@ class Parent:
         tensors: By the keys of our layout.
         files: What it was read from, for its hashes.
         tokenizer: The files of its tokenizer, if they are as `save_pretrained` writes them.
+        revision: Its commit, if it is from the Hub.
     """
 
     name: str
@@ -60,6 +65,12 @@ class Parent:
     tensors: dict[str, LazyTensor]
     files: tuple[Path, ...]
     tokenizer: tuple[Path, ...] = ()
+    revision: str | None = None
+
+    def named_files(self) -> dict[str, Path]:
+        """Its files by their names, with that of their folder where two have one name, as of adapters on adapters."""
+        counts = Counter(path.name for path in self.files)
+        return {path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}": path for path in self.files}
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer as other runtimes need it: a copy, where it is like that already."""
@@ -82,9 +93,13 @@ def open_parent(name: str, aside: Path) -> Parent:
     """
     folder = _folder_of(name)
     if (folder / ADAPTER_CONFIG).exists():
-        base = _open_base(base_of(folder), aside)
+        name_of_base = base_of(folder)
+        if Path(name_of_base).resolve() == folder.resolve():
+            raise ValueError(f"{folder} is both an adapter and its base: move {ADAPTER_CONFIG} and its weights away.")
+        base = open_base(name_of_base, aside)
         files = (*base.files, *(path for path in (folder / ADAPTER_CONFIG, *folder.glob("*.safetensors"))))
-        return Parent(name, base.model, adapted_tensors(folder, base.tensors), files, base.tokenizer)
+        adapted = adapted_tensors(folder, base.tensors)
+        return Parent(name, base.model, adapted, files, base.tokenizer, _revision_of(folder))
     stored = open_weights(folder)
     # Loading without content checks that every weight is there, and has the shape that the config asks for.
     model = QueritForSequenceRanking.from_pretrained(folder, device_map="meta")
@@ -94,7 +109,7 @@ def open_parent(name: str, aside: Path) -> Parent:
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} has no tokenizer that could be read: {error}") from error
     files = {tensor.path for tensor in stored.values()} | {folder / "config.json"}
-    return Parent(name, model, _in_our_layout(stored), tuple(sorted(files)), tokenizer)
+    return Parent(name, model, _in_our_layout(stored), tuple(sorted(files)), tokenizer, _revision_of(folder))
 
 
 def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
@@ -122,13 +137,20 @@ def _folder_of(name: str) -> Path:
         raise OSError(f"{name} is no folder, and no repository that could be reached: {error}") from error
 
 
-def _open_base(name: str, aside: Path) -> Parent:
-    """The reranker that an adapter was trained on; a plain decoder becomes one, with a head that the adapter brings."""
+def _revision_of(folder: Path) -> str | None:
+    """The commit, of a folder in the cache of the Hub."""
+    return extract_commit_hash(str(folder / "config.json"), None)
+
+
+def open_base(name: str, aside: Path) -> Parent:
+    """The reranker that others were trained from; a plain decoder becomes one, with a head at zero."""
     if name != BASE_NAME and _is_reranker(name):
         return open_parent(name, aside)
     folder = aside / re.sub(r"\W+", "-", os.fspath(name))
     if not folder.exists():
-        write_whole(load_for_training(name), folder)
+        config = {} if name == BASE_NAME else PreTrainedConfig.get_config_dict(name)[0]
+        dtype = dtype_named(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+        write_whole(load_for_training(name, dtype), folder)
     return open_parent(str(folder), aside)
 
 
@@ -171,13 +193,29 @@ def _check_configs(first: Parent, other: Parent) -> None:
 def _check_vocabularies(first: Parent, other: Parent) -> None:
     if first.tokenizer and other.tokenizer and sha256(first.tokenizer[0]) == sha256(other.tokenizer[0]):
         return
-    ours, theirs = (each.model.processor.tokenizer.get_vocab() for each in (first, other))
+    tokenizers = [each.model.processor.tokenizer for each in (first, other)]
+    ours, theirs = (each.get_vocab() for each in tokenizers)
     if differing := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
         token = differing[0]
         raise ValueError(
             f"{other.name} has another vocabulary than {first.name}: {token!r} is {theirs.get(token)}, not "
             f"{ours.get(token)}, and {len(differing) - 1} more differ. Rows of embeddings would be mixed up."
         )
+    ours, theirs = (_splitting(each) for each in tokenizers)
+    if differing := [key for key in ours if ours[key] != theirs[key]]:
+        raise ValueError(
+            f"{other.name} has another {differing[0]} in its tokenizer than {first.name}: texts are split otherwise."
+        )
+
+
+def _splitting(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What decides into which tokens a text is split, besides the vocabulary."""
+    found = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {
+        "normalizer": found["normalizer"],
+        "pre_tokenizer": found["pre_tokenizer"],
+        "merges": found["model"].get("merges"),
+    }
 
 
 def _check_tensors(first: Parent, other: Parent) -> None:

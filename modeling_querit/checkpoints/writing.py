@@ -12,14 +12,16 @@ from ..modeling_querit import QueritForSequenceRanking
 
 
 def check_new(destination: str | os.PathLike) -> Path:
-    """The absolute path of a folder that can be written, before any work is done for it.
+    """The real path of a folder that can be written, before any work is done for it.
 
     Raises:
         OSError: if there is something at the destination, or it cannot be written.
     """
-    destination = Path(destination).absolute()
-    if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
+    destination = Path(destination).resolve()
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists: name a new folder.")
+    if destination.is_mount():
+        raise FileExistsError(f"{destination} is where a disk is mounted: name a folder in it.")
     destination.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(destination.parent, os.W_OK):
         raise PermissionError(f"{destination} cannot be written: no permission in {destination.parent}.")

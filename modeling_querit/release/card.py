@@ -50,6 +50,9 @@ def render_card(path: Path, repo_id: str, root: Path | None = None) -> str:
     data = {key: value for key, value in card.data.to_dict().items() if key != RESULTS_KEY}
     if bool(asked) != (RESULTS_PLACE in card.text):
         raise ValueError(f"{path}: {RESULTS_KEY} in the front matter and {RESULTS_PLACE} in the text go together.")
+    for each in asked:
+        if missing := {"file", "column", "metric"} - (each.keys() if isinstance(each, Mapping) else set()):
+            raise ValueError(f"{path}: an entry of {RESULTS_KEY} has no {min(missing)}.")
     figures = [figure for each in asked for figure in _figures(each, (root or Path()) / each["file"], repo_id)]
     if figures:
         data["model-index"] = eval_results_to_model_index(repo_id.split("/")[-1], figures)
@@ -59,10 +62,12 @@ def render_card(path: Path, repo_id: str, root: Path | None = None) -> str:
 
 def _figures(asked: Mapping[str, Any], path: Path, repo_id: str) -> Iterator[EvalResult]:
     found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, Mapping) or not isinstance(found.get("rows"), list):
+        raise ValueError(f"{path} is no results file: it has no list of rows.")
     source = found.get("source") or {}
     for row in found["rows"]:
         column = asked["column"]
-        if column not in row:
+        if not isinstance(row.get(column), int | float) or "collection" not in row:
             raise ValueError(f"{path}: the row of {row.get('collection')} has no {column!r}, which the card shows.")
         yield EvalResult(
             task_type="text-ranking",
@@ -102,6 +107,8 @@ def problems_of_card(text: str) -> list[str]:
     for language in [languages] if isinstance(languages, str) else languages:
         if not _LANGUAGE.match(str(language)):
             problems.append(f"README.md names the language {language!r}: the Hub knows ISO 639 codes, such as en.")
+    if data.get("base_model") and not data.get("base_model_relation"):
+        problems.append("README.md does not state base_model_relation (finetune, adapter, merge or quantized).")
     if RESULTS_KEY in data:
         problems.append("README.md is a card that was not rendered: give it with --card.")
     if STUB_SENTENCE in text:

@@ -15,6 +15,8 @@ from ..folder_querit import CARD_STUB, SENTENCE_TRANSFORMERS_FILES
 
 # More than this the Hub does not take in one file.
 LARGEST_FILE = 50 * 10**9
+# The format's own limit.
+_LARGEST_HEADER = 100_000_000
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack"}
 _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 # Their entries are words of the training text, paths and keys among them.
@@ -26,7 +28,8 @@ _SECRETS = {
     "an AWS key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
 }
-_LOCAL_PATH = re.compile(r"(?<![\w/.:])(/(home|root|Users|mnt|tmp|work|data|scratch|workspace)/[\w.-]+|[A-Z]:\\\\?\w+)")
+_ROOTS = "home|root|Users|Volumes|mnt|media|tmp|var|opt|srv|work|data|scratch|workspace|gpfs|lustre|content|kaggle"
+_LOCAL_PATH = re.compile(rf"(?<![\w/.])((file://)?/({_ROOTS})\d*/[\w.-]+|[A-Z]:[\\/]{{1,2}}\w+)")
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -99,20 +102,35 @@ def _pickles(folder: Path) -> Iterator[str]:
     for name, path in files_of(folder).items():
         with path.open("rb") as file:
             start = file.read(4)
-        if path.suffix in _PICKLED or start.startswith(_PICKLE_STARTS):
+        if path.suffix.lower() in _PICKLED or start.startswith(_PICKLE_STARTS):
             yield f"{name} may run code when it is loaded: weights belong in safetensors, nothing else in the folder."
 
 
 def _secrets_and_paths(folder: Path) -> Iterator[str]:
     for name, path in files_of(folder).items():
-        if path.suffix == ".safetensors":
-            continue
-        text = path.read_text(encoding="utf-8", errors="replace")
-        for what, pattern in _SECRETS.items():
-            if pattern.search(text):
-                yield f"{name} holds what looks like {what}."
-        if path.name not in _VOCABULARIES and (found := _LOCAL_PATH.search(text)):
-            yield f"{name} names a place on this machine: {found[0]}."
+        text = _header(path) if path.suffix == ".safetensors" else path.read_text(encoding="utf-8", errors="replace")
+        yield from problems_of_text(name, text)
+
+
+def problems_of_text(name: str, text: str) -> Iterator[str]:
+    """Secrets in a file, and places on this machine, a sentence each.
+
+    Args:
+        name: Of the file.
+        text: Its content.
+    """
+    for what, pattern in _SECRETS.items():
+        if pattern.search(text):
+            yield f"{name} holds what looks like {what}."
+    if name.split("/")[-1] not in _VOCABULARIES and (found := _LOCAL_PATH.search(text)):
+        yield f"{name} names a place on this machine: {found[0]}."
+
+
+def _header(path: Path) -> str:
+    """What a file of weights says about itself."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return file.read(min(size, _LARGEST_HEADER)).decode(errors="replace")
 
 
 def _sizes(folder: Path) -> Iterator[str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -27,13 +30,17 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.sha import git_hash
 
 from ..files import sha256
 
 # Contents of files, or where they are, by their paths in the repository.
 Files = Mapping[str, Path | bytes]
-# The Hub writes it itself.
-_KEPT = ".gitattributes"
+# What loading looks for, and would find beside the new files: code, weights, settings.
+_REPLACED = ("*.py", "*.safetensors", "*.bin", "*.json", "*.jinja")
+# What a repository without a model may hold.
+_NO_MODEL = (".gitattributes", "README.md", "LICENSE*")
+_TAG = re.compile(r"\w[\w.+-]*")
 # What makes two models different ones, rather than two versions of one.
 _ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "n_routed_experts")
 
@@ -48,6 +55,9 @@ class Destination:
         revision: The branch; it is made if there is none of this name.
         pr: Whether to open a pull request, instead of writing to the branch.
         tag: A name for the new state, such as v1.0.
+
+    Raises:
+        ValueError: if these do not go together.
     """
 
     repo_id: str
@@ -55,6 +65,14 @@ class Destination:
     revision: str = "main"
     pr: bool = False
     tag: str | None = None
+
+    def __post_init__(self) -> None:
+        if "/" not in self.repo_id:
+            raise ValueError(f"{self.repo_id} is no name of a repository: give OWNER/NAME.")
+        if self.tag is not None and not _TAG.fullmatch(self.tag):
+            raise ValueError(f"{self.tag!r} is no name of a tag: give letters, digits, '.', '-', such as v1.0.")
+        if self.tag and self.pr:
+            raise ValueError("A pull request changes nothing yet that a tag could name: give --tag once it is merged.")
 
 
 def publish(
@@ -64,8 +82,9 @@ def publish(
     echo: Callable[[str], None] = print,
     api: HfApi | None = None,
 ) -> CommitInfo:
-    """Upload files in one commit, with which the repository holds these files and no others, tag it, and compare.
+    """Upload files in one commit, tag it, and compare.
 
+    Code, weights and settings of an earlier version are removed by the same commit; licences, pictures, folders stay.
     Weights go up before the commit, and what has arrived is not sent again: after an interruption, the same call goes
     on. The commit is refused if somebody else wrote to the branch meanwhile.
 
@@ -78,8 +97,8 @@ def publish(
 
     Raises:
         PermissionError: if there is no token, or it gives no right to write there.
-        ValueError: if the repository holds a model of another architecture, or the tag for something else, or what
-            arrived is not what was sent.
+        ValueError: if the repository holds something else than a reranker of this architecture, is public though a
+            private one was asked for, or has the tag for other files, or if what arrived is not what was sent.
         ConnectionError: if the Hub cannot be reached, or breaks off.
     """
     api = api or HfApi()
@@ -90,18 +109,25 @@ def publish(
         api.create_repo(repo_id, private=destination.private or None, exist_ok=True)
         if revision != "main":
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        before = api.model_info(repo_id, revision=revision)
-        _check_tag(api, destination, before.sha)
+        before = api.model_info(repo_id, revision=revision, files_metadata=True)
+        if destination.private and not before.private:
+            raise ValueError(f"{repo_id} is public already: make it private in its settings, or choose another.")
+        tagged = _tagged(api, destination)
+        if tagged is not None and (tagged != before.sha or _changes(files, before)):
+            raise ValueError(f"{repo_id} has a tag {destination.tag} already: choose another.")
+        deletions = _deletions(files, before)
+        if deletions:
+            echo(f"Removes {', '.join(each.path_in_repo for each in deletions)}.")
         commit = api.create_commit(
             repo_id,
-            [*_additions(files), *_deletions(files, before)],
+            [*_additions(files), *deletions],
             commit_message=message,
             revision=revision,
             create_pr=destination.pr,
             parent_commit=None if destination.pr else before.sha,
         )
         echo(f"Committed {commit.oid}" + (f", as {commit.pr_url}." if commit.pr_url else "."))
-        if destination.tag and _check_tag(api, destination, commit.oid) is None:
+        if destination.tag and tagged is None:
             api.create_tag(repo_id, tag=destination.tag, revision=commit.oid)
             echo(f"Tagged {destination.tag}.")
         _compare(api, files, repo_id, commit.oid)
@@ -109,13 +135,20 @@ def publish(
     return commit
 
 
-def _check_tag(api: HfApi, destination: Destination, commit: str) -> str | None:
-    """What the tag stands for by now; a ValueError, if that is something else than this commit."""
+def _tagged(api: HfApi, destination: Destination) -> str | None:
+    """The commit that the tag stands for by now."""
     refs = api.list_repo_refs(destination.repo_id)
-    tagged = next((each.target_commit for each in refs.tags if each.name == destination.tag), None)
-    if tagged not in (None, commit):
-        raise ValueError(f"{destination.repo_id} has a tag {destination.tag} already: choose another.")
-    return tagged
+    return next((each.target_commit for each in refs.tags if each.name == destination.tag), None)
+
+
+def _changes(files: Files, before: Any) -> bool:
+    """Whether a repository would be another with these files."""
+    there = {each.rfilename: each.lfs.sha256 if each.lfs else each.blob_id for each in before.siblings or []}
+    large = {each.rfilename for each in before.siblings or [] if each.lfs}
+    return bool(_deletions(files, before)) or any(
+        there.get(name) != (_sha256_of(content) if name in large else git_hash(_bytes_of(content)))
+        for name, content in files.items()
+    )
 
 
 def _additions(files: Files) -> list[CommitOperationAdd]:
@@ -123,21 +156,27 @@ def _additions(files: Files) -> list[CommitOperationAdd]:
 
 
 def _deletions(files: Files, before: Any) -> list[CommitOperationDelete]:
-    """Shards and code of an earlier version would be downloaded with the new ones."""
-    there = {each.rfilename for each in before.siblings or []}
-    return [CommitOperationDelete(name) for name in sorted(there - files.keys() - {_KEPT})]
+    """Shards and code of an earlier version would be loaded, or downloaded, with the new ones."""
+    there = {each.rfilename for each in before.siblings or [] if "/" not in each.rfilename}
+    gone = [name for name in sorted(there - files.keys()) if any(fnmatch(name, each) for each in _REPLACED)]
+    return [CommitOperationDelete(name) for name in gone]
 
 
 def _check_architecture(api: HfApi, files: Files, destination: Destination) -> None:
+    repo_id, revision = destination.repo_id, destination.revision
     with tempfile.TemporaryDirectory() as aside:
         try:
-            path = api.hf_hub_download(
-                destination.repo_id, "config.json", revision=destination.revision, cache_dir=aside
-            )
-        except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError):
+            path = api.hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=aside)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
             return
-        theirs = _architecture(Path(path).read_bytes())
-    ours = _architecture(_bytes_of(files["config.json"]))
+        except RemoteEntryNotFoundError:
+            return _check_empty(api, destination)
+        config = json.loads(Path(path).read_bytes())
+    # Published checkpoints name a class that transformers does not have.
+    known = [each for each in config.get("architectures") or [] if hasattr(transformers, each)]
+    if known:
+        raise ValueError(f"{repo_id} holds a {known[0]}, which is no reranker of ours: choose another --repo-id.")
+    ours, theirs = _architecture(json.loads(_bytes_of(files["config.json"]))), _architecture(config)
     for name in _ARCHITECTURE:
         if ours.get(name) != theirs.get(name):
             raise ValueError(
@@ -146,9 +185,18 @@ def _check_architecture(api: HfApi, files: Files, destination: Destination) -> N
             )
 
 
-def _architecture(config: bytes) -> dict[str, Any]:
-    found = json.loads(config)
-    return found.get("text_config") or found
+def _check_empty(api: HfApi, destination: Destination) -> None:
+    held = api.list_repo_files(destination.repo_id, revision=destination.revision)
+    others = [name for name in held if not any(fnmatch(name, each) for each in _NO_MODEL)]
+    if others:
+        raise ValueError(
+            f"{destination.repo_id} holds {others[0]}, but no config.json: it is for something else, so choose another "
+            "--repo-id."
+        )
+
+
+def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+    return config.get("text_config") or config
 
 
 def _compare(api: HfApi, files: Files, repo_id: str, revision: str) -> None:

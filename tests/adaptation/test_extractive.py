@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_adaptations import make_documents
 
-from modeling_querit.adaptation.extractive import ExtractiveGenerator, sentences
+from modeling_querit.adaptation.extractive import ExtractiveGenerator, sentences, without_copy
 from modeling_querit.adaptation.prompts import STYLES, Request
 
 FAUST = {
@@ -161,3 +161,55 @@ def test_the_identity_is_that_of_documents_and_seed():
     assert ExtractiveGenerator(documents[1:]).identity != identity
     documents[0]["text"] += " It was seen again."
     assert ExtractiveGenerator(documents).identity != identity
+
+
+# -- What was copied
+
+
+@pytest.mark.parametrize(
+    ("query", "title", "text"),
+    [
+        ("Faust", "", FAUST["text"].replace("Faust ", "")),
+        ("parts", "Faust", FAUST["text"].replace("parts", "")),
+        ("part", "Faust", FAUST["text"]),
+        ("Gretchen dies in the dungeon.", "Faust", FAUST["text"].removesuffix(" Gretchen dies in the dungeon.")),
+        ("Faust sells his soul", "Faust", FAUST["text"].replace("Faust sells his soul ", "")),
+        # Not word for word, or not in one piece.
+        ("faust", "Faust", FAUST["text"]),
+        ("Goethe soul", "Faust", FAUST["text"]),
+        ("Faust?", "Faust", FAUST["text"]),
+        (" ", "Faust", FAUST["text"]),
+    ],
+)
+def test_what_was_copied_is_left_out(query, title, text):
+    assert without_copy(FAUST, query) == {"_id": "faust", "title": title, "text": text}
+
+
+@pytest.mark.parametrize(("title", "text"), [("", "One fox."), ("One fox.", ""), ("The hen", "One fox. A bee.")])
+def test_a_document_of_which_hardly_anything_is_left(title, text):
+    assert without_copy(document_of(text, title), "One fox.") is None
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_what_was_copied_from_a_script_without_spaces(place):
+    text = "今天天气很好，我们去公园玩。明天可能会下雨，所以要带伞。后天又是晴天，适合远足。"
+    copied = sentences(text)[place]
+    assert without_copy(document_of(text), copied)["text"].replace(" ", "") == text.replace(copied, "")
+
+
+@pytest.mark.parametrize("text", ["你好。 这是一个很长的句子，里面有很多字。", "Yes. It is a fox, and a hen. No."])
+def test_sentences_stand_in_the_text(text):
+    assert all(each in text for each in sentences(text))
+
+
+@given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
+def test_no_text_is_made_up(title, text, query):
+    found = without_copy(document_of(text, title), query) or document_of("")
+    assert len(found["title"]) <= len(title)
+    assert len(found["text"]) <= len(text)
+    assert found == document_of(text, title) or any(query.strip() in each for each in (title, text))
+
+
+@pytest.mark.parametrize("style", ["title", "question", "claim"])
+def test_queries_of_these_styles_are_found_in_their_document(style):
+    assert without_copy(FAUST, ask(FAUST, style)[0]) != FAUST

@@ -48,6 +48,8 @@ def reasons(*queries, first_stage=None, **limits):
         ("the red fox sleeps in the winter", {"may_copy": ("writer",)}, None),
         ("the red fox sleeps in the winter", {"may_copy": ("another",)}, "copied"),
         ("does the red fox sleep in winter", {}, None),
+        ("The red fox sleeps in the winter and hunts in small groups.", {"may_copy": ("writer",)}, "whole"),
+        ("Red fox", {"may_copy": ("writer",)}, None),
     ],
 )
 def test_reasons(text, limits, reason):
@@ -147,7 +149,7 @@ def test_queries_are_judged_as_they_come():
 def test_any_query_is_judged(queries):
     state = random.getstate()
     found = reasons(*(query(*each) for each in queries), first_stage=BM25(DOCUMENTS), min_tokens=1)
-    assert set(found) <= {None, "short", "long", "language", "copied", "duplicate", "round-trip"}
+    assert set(found) <= {None, "short", "long", "language", "copied", "whole", "duplicate", "round-trip"}
     assert random.getstate() == state
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import tiny
@@ -25,6 +26,8 @@ def folders(tmp_path_factory):
     """Saved models with a chat template and without one."""
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(tiny.make_text_config("qwen3", max_position_embeddings=2048))
+    # Chance writes one of them soon enough.
+    model.generation_config.eos_token_id = list(range(0, model.config.vocab_size, 4))
     found = {}
     for name, template in (("chat", CHAT), ("plain", None)):
         found[name] = tmp_path_factory.mktemp("writers") / name
@@ -82,6 +85,15 @@ def test_what_comes_is_what_transformers_generates(folders):
         written = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
     text = tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     assert writer.generate(REQUESTS[:1]) == [first_line(text.lstrip("\n"))]
+
+
+def test_what_does_not_end_is_none(folders, tmp_path):
+    """An answer that goes on where its tokens ended is not a query."""
+    shutil.copytree(folders["plain"], tmp_path / "endless")
+    path = tmp_path / "endless" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": None}))
+    assert any(make_writer(folders["plain"]).generate(REQUESTS))
+    assert make_writer(tmp_path / "endless").generate(REQUESTS) == [""] * 4
 
 
 def test_prompts(folders):
@@ -228,6 +240,32 @@ def test_a_malformed_answer_is_none(httpserver, make_asker, body):
     assert make_asker().generate(REQUESTS) == ["Who?", None, "Who?", "Who?"]
     # It was given as many attempts as it may have.
     assert len(httpserver.log) == 5
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_that_is_refused_is_none(httpserver, make_asker, status):
+    def answer(request):
+        is_bad = "number 1 " in request.get_json()["messages"][0]["content"]
+        return Response("too long", status) if is_bad else Response(json.dumps(answer_of("Who?")))
+
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
+    assert make_asker().generate(REQUESTS) == ["Who?", None, "Who?", "Who?"]
+    assert len(httpserver.log) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "expected"),
+    [
+        ("Who wrote the fir", "length", ""),
+        ("Who wrote it?\nGoethe wr", "length", "Who wrote it?"),
+        ("Who wrote it", "stop", "Who wrote it"),
+    ],
+)
+def test_a_query_that_was_cut_off_is_none(httpserver, make_asker, content, reason, expected):
+    found = answer_of(content)
+    found["choices"][0]["finish_reason"] = reason
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(found)
+    assert make_asker().generate(REQUESTS[:1]) == [expected]
 
 
 def test_an_answer_may_be_well_formed_the_second_time(httpserver, make_asker):

@@ -16,6 +16,7 @@ from modeling_querit.training.distillation import TEACHERS_FILE
 DOCUMENTS = {each["_id"]: each for each in make_documents()}
 QUERIES = {f"q{n}": each["title"] for n, each in enumerate(make_documents()[:6])}
 QRELS = {f"q{n}": {f"d{n}": 1} for n in range(6)}
+MAX_LENGTH = 64
 DEPTH = 5
 
 
@@ -44,7 +45,7 @@ def calibrate(folder, names, weights=None):
 
 @pytest.fixture
 def settings(tmp_path, saved_folders):
-    return make_settings(tmp_path, saved_folders("qwen3"), evaluation_depth=DEPTH)
+    return make_settings(tmp_path, saved_folders("qwen3"), evaluation_depth=DEPTH, evaluation_max_length=MAX_LENGTH)
 
 
 def candidates():
@@ -63,7 +64,7 @@ def figure_of(score):
 
 def predict_of(folder):
     model = QueritForSequenceRanking.from_pretrained(folder)
-    return lambda query, document: float(model.predict([(query, document)], max_length=64)[0])
+    return lambda query, document: float(model.predict([(query, document)], max_length=MAX_LENGTH)[0])
 
 
 def test_figures_are_those_of_the_rankings(settings, source, adapted, saved_folders):
@@ -119,7 +120,7 @@ def test_nothing_is_computed_twice(settings, source, adapted, monkeypatch):
 
 def test_a_model_that_teaches_is_asked_once(settings, source, adapted, saved_folders, monkeypatch):
     values = settings.model_dump(mode="json")
-    values["teachers"]["student"]["max_length"] = values["train"]["max_length"]
+    values["teachers"]["student"]["max_length"] = MAX_LENGTH
     asked = []
     score = CrossEncoderTeacher.score
 

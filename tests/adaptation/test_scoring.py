@@ -32,6 +32,15 @@ class Lengths:
         return [self.odd.get(document["_id"], score_of(query, document)) for query, document in pairs]
 
 
+class Constant:
+    """A teacher that likes everything."""
+
+    identity, batch_size = "constant", 8
+
+    def score(self, pairs):
+        return [1.0] * len(pairs)
+
+
 def score_of(query, document):
     return len(query) + int(document["_id"][1:]) / 10
 
@@ -155,6 +164,30 @@ def test_rows(tmp_path):
     }
     assert [row["positive"] for row in rows] == [1, 0, 3]
     assert left_out == {}
+
+
+def test_the_student_does_not_read_what_the_query_copied(tmp_path):
+    documents = {
+        name: {"_id": name, "title": name, "text": f"There is a {name} in a wood. Both say this."}
+        for name in ("fox", "hen")
+    }
+    queries = {f"q{n}": "Both say this." for n in range(200)}
+    candidates = [{"query": query, "source": "fox", "documents": ["hen", "fox"]} for query in queries]
+    teacher = Constant()
+    score_pairs({"a": teacher}, pairs_of(candidates, queries, documents), tmp_path)
+
+    def masked(share, seed=0):
+        rows = rows_of(candidates, queries, documents, {"a": teacher}, tmp_path, Counter(), share, seed)
+        return [[each["text"] for each in row["documents"]] for row in rows]
+
+    whole = [f"There is a {name} in a wood. Both say this." for name in ("hen", "fox")]
+    without = [whole[0], "There is a fox in a wood."]
+    assert masked(0.0) == [whole] * 200
+    assert masked(1.0) == [without] * 200
+    some = masked(0.9)
+    assert some.count(without) in range(160, 200)
+    assert some.count(whole) == 200 - some.count(without)
+    assert masked(0.9) == some != masked(0.9, seed=1)
 
 
 def test_a_query_with_one_scored_document_is_left_out(tmp_path):

@@ -411,6 +411,16 @@ def test_only_the_query_with_a_malformed_answer_has_no_scores(served):
     assert found[len(DOCUMENTS) :] == [score_of(text_of(document)) for document in DOCUMENTS]
 
 
+def test_only_the_query_that_is_refused_has_no_scores(served):
+    good = served["answer"]
+    served["answer"] = lambda asked: Response("too long", 400) if asked["query"] == QUERIES[1] else good(asked)
+    teacher = make_client(served, extra_body={"truncate_prompt_tokens": 9})
+    found = teacher.score(PAIRS)
+    assert found[: len(DOCUMENTS)] == [score_of(text_of(document)) for document in DOCUMENTS]
+    assert found[len(DOCUMENTS) :] == [None] * len(DOCUMENTS)
+    assert served["asked"][0]["truncate_prompt_tokens"] == 9
+
+
 def test_a_server_in_trouble_ends_the_run(served):
     served["answer"] = lambda asked: Response("no memory", 500)
     with pytest.raises(Unavailable, match=r"/v1/rerank answered 500: no memory"):
@@ -420,7 +430,7 @@ def test_a_server_in_trouble_ends_the_run(served):
         make_client(served).score(PAIRS)
 
 
-@pytest.mark.parametrize("options", [{"model": "n"}, {"version": "2"}, {"max_chars": 9}])
+@pytest.mark.parametrize("options", [{"model": "n"}, {"version": "2"}, {"max_chars": 9}, {"extra_body": {"a": 1}}])
 def test_what_answers_is_the_identity_of_a_server(options):
     identity = EndpointTeacher("http://here/v1", "m").identity
     assert EndpointTeacher("http://here/v1", **{"model": "m"} | options).identity != identity

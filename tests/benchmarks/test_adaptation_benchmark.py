@@ -21,9 +21,21 @@ def test_a_table_of_what_adaptation_gained(saved_folders, tmp_path, monkeypatch,
     assert row["queries"] == 6
     assert row["lm"] == pytest.approx(row["general"])
     assert all(0 <= row[name] <= 100 for name in (*adaptation.COLUMNS, *adaptation.ABLATIONS))
-    labels = [json.loads(line)["labels"] for line in (tmp_path / "out" / "animals" / "hard" / "rows.jsonl").open()]
+    (path,) = (tmp_path / "out" / "animals" / "hard").glob("*/rows.jsonl")
+    labels = [json.loads(line)["labels"] for line in path.open()]
+    assert row["taught"] == len(labels)
     assert all(set(each) <= {0, 1} and sum(each) >= 1 for each in labels)
     assert "gain" in capsys.readouterr().out
+
+    # What was measured before stays, as long as the recipe does.
+    monkeypatch.setattr(adaptation, "COLLECTIONS", {"beasts": (["collection"], ["collection:test"])})
+    monkeypatch.setattr(adaptation, "measured", lambda name, args: [row | {"collection": name}])
+    for depth, expected in [(12, ["collection", "beasts"]), (11, ["beasts"])]:
+        values["candidates"]["depth"] = depth
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+        adaptation.main([*given, "--json", str(tmp_path / "found" / "figures.json")])
+        rows = json.loads((tmp_path / "found" / "figures.json").read_text())["rows"]
+        assert [each["collection"] for each in rows] == expected
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers
 from safetensors.torch import save_file
+from tiny_parents import adapt
 from transformers import AutoModel
 
 from modeling_querit import QueritForSequenceRanking
@@ -50,6 +51,37 @@ def test_nothing_is_written_of_a_checkpoint_that_lacks_something(model, tmp_path
     with pytest.raises(ValueError, match=r"score\.bias"):
         convert_checkpoint(source, tmp_path / "destination")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_an_adapter_becomes_a_whole_folder(saved_folder, tmp_path, dtype):
+    adapt(tmp_path / "adapter", saved_folder).merge_and_unload().save_pretrained(tmp_path / "merged")
+    folder = convert_checkpoint(tmp_path / "adapter", tmp_path / "new", dtype)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in saved_folder.iterdir()}
+    expected, found = tiny.read_tensors(tmp_path / "merged"), tiny.read_tensors(folder)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(
+            found[key].float(), tensor, rtol=2e-6 if dtype == "auto" else 1e-2, atol=2e-6 if dtype == "auto" else 1e-2
+        )
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == ("float32" if dtype == "auto" else dtype)
+
+
+def test_a_link_to_an_empty_folder_is_filled(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "new").symlink_to(tmp_path / "disk")
+    convert_checkpoint(tmp_path / "model", tmp_path / "new")
+    assert (tmp_path / "new").is_symlink()
+    assert (tmp_path / "disk" / "config.json").exists()
+
+
+def test_where_a_disk_is_mounted_nothing_is_written(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(FileExistsError, match="name a folder in it"):
+        convert_checkpoint(tmp_path / "model", tmp_path / "disk")
 
 
 def test_into_the_folder_one_stands_in(model, tmp_path, monkeypatch):

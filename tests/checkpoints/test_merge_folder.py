@@ -20,10 +20,11 @@ from tiny_parents import (
     change,
     files_of,
     merged,
+    vary,
 )
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from modeling_querit import QueritForSequenceClassification, QueritForSequenceRanking
+from modeling_querit import QueritForSequenceClassification, QueritForSequenceRanking, from_backbone
 from modeling_querit.checkpoints.cards import merged_card
 from modeling_querit.checkpoints.merge import Recipe, merge_checkpoints
 
@@ -96,7 +97,7 @@ def test_the_record_of_an_adapter_has_the_hashes_of_both(pair, tmp_path):
     merge_checkpoints(Recipe([str(tmp_path / "adapter"), pair[1]]), tmp_path / "new")
     first = json.loads((tmp_path / "new" / "merge.json").read_text())["parents"][0]
     digest = hashlib.sha256((tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert first["name"] == "adapter"
+    assert first["name"] == f"./{tmp_path.name}/adapter"
     assert first["sha256"]["adapter_model.safetensors"] == digest
     assert first["sha256"].keys() == {
         "adapter_config.json",
@@ -130,6 +131,50 @@ def test_the_record_is_a_recipe(pair, saved_folders, tmp_path, monkeypatch, sett
     assert one.keys() == two.keys()
     assert {name for name in one if one[name] != two[name]} <= {"README.md"}
     assert two["README.md"].replace(b"two", b"one") == one["README.md"].replace(b"two", b"one")
+
+
+def test_what_training_wrote_is_told_apart(pair, tmp_path, monkeypatch):
+    """`querit train` calls every result `model`."""
+    models = [shutil.copytree(folder, tmp_path / Path(folder).name / "model") for folder in pair]
+    expected = merged(tmp_path / "one", [str(each) for each in models])
+    record = json.loads((tmp_path / "one" / "merge.json").read_text())
+    names = ["./law/model", "./medicine/model"]
+    assert record["recipe"]["models"] == [each["name"] for each in record["parents"]] == names
+    assert all(f"- `{name}`" in (tmp_path / "one" / "README.md").read_text() for name in names)
+    assert "base_model" not in (tmp_path / "one" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    again = merge_checkpoints(Recipe.load("one/merge.json"), "two")
+    assert_same(tiny.read_tensors(again), expected)
+
+
+def test_other_models_than_those_of_the_record_are_refused(pair, tmp_path, monkeypatch):
+    for folder in pair:
+        shutil.copytree(folder, tmp_path / Path(folder).name)
+    monkeypatch.chdir(tmp_path)
+    merge_checkpoints(Recipe(["law", "medicine"]), "one")
+    shutil.rmtree("medicine")
+    shutil.copytree("law", "medicine")
+    with pytest.raises(ValueError, match="medicine is not the model that the record was made of"):
+        merge_checkpoints(Recipe.load("one/merge.json"), "two")
+    assert not (tmp_path / "two").exists()
+    # Said otherwise, they may be others.
+    merge_checkpoints(Recipe.load("one/merge.json", models=["law", "medicine"]), "two")
+
+
+def test_task_vectors_from_a_plain_decoder(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    AutoModel.from_config(tiny.make_text_config("qwen3")).save_pretrained(tmp_path / "decoder")
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    base = from_backbone(tmp_path / "decoder")
+    base.save_pretrained(tmp_path / "start")
+    models = []
+    for seed, name in enumerate(["law", "medicine"]):
+        moved = vary(tmp_path / "start", tmp_path / f"headless-{name}", seed)
+        head = {"score.weight": torch.randn(2, 32)}
+        models.append(str(change(moved, tmp_path / name, lambda tensors, head=head: tensors | head)))
+    expected = merged(tmp_path / "one", models, method="task_arithmetic", base=str(tmp_path / "start"))
+    found = merged(tmp_path / "two", models, method="task_arithmetic", base=str(tmp_path / "decoder"))
+    assert_same(found, expected)
 
 
 def test_what_is_given_besides_a_recipe_takes_precedence(pair, whole_merges):

@@ -112,6 +112,38 @@ def test_an_adapter_on_an_adapter(saved_folders, tmp_path, open_):
     assert_holds(open_(tmp_path / "second"), tiny.read_tensors(tmp_path / "merged"), tolerance=5e-6)
 
 
+def test_files_of_adapters_on_adapters_have_names_of_their_own(saved_folders, tmp_path, open_):
+    adapt(tmp_path / "first", saved_folders("qwen3"))
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    name_base(tmp_path / "second", tmp_path / "first")
+    names = {
+        f"{folder}/adapter_{file}" for folder in ("first", "second") for file in ("config.json", "model.safetensors")
+    }
+    assert open_(tmp_path / "second").named_files().keys() == names | {"config.json", "model.safetensors"}
+
+
+def test_an_adapter_that_names_itself_as_its_base(saved_folders, tmp_path, open_):
+    adapt(tmp_path / "both", saved_folders("qwen3"))
+    name_base(tmp_path / "both", tmp_path / "both")
+    with pytest.raises(ValueError, match="is both an adapter and its base"):
+        open_(tmp_path / "both")
+
+
+def test_a_plain_decoder_keeps_its_dtype(decoder, tmp_path, open_):
+    AutoModel.from_pretrained(decoder, dtype=torch.bfloat16).save_pretrained(decoder)
+    make_adapter(tmp_path / "adapter", from_backbone(decoder))
+    name_base(tmp_path / "adapter", decoder)
+    assert {tensor.dtype for tensor in open_(tmp_path / "adapter").tensors.values()} == {torch.bfloat16}
+
+
+def test_the_commit_of_a_repository(saved_folder, tmp_path, open_):
+    commit = "0123456789" * 4
+    snapshot = tmp_path / "models--someone--name" / "snapshots" / commit
+    shutil.copytree(saved_folder, snapshot)
+    assert open_(snapshot).revision == commit
+    assert open_(saved_folder).revision is None
+
+
 def test_adapters_on_a_plain_decoder(decoder, tmp_path, open_):
     for seed in (1, 2):
         adapted = make_adapter(tmp_path / f"adapter-{seed}", from_backbone(decoder), seed=seed)
@@ -275,6 +307,16 @@ def test_a_token_more_is_another_vocabulary(saved_folder, parent, tmp_path, open
     tokenizer.add_special_tokens({"additional_special_tokens": ["[NEW]"]})
     QueritProcessor(tokenizer).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"'\[NEW\]' is \d+, not None, and 0 more differ"):
+        check_alike([parent, open_(tmp_path / "other")])
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer"])
+def test_a_tokenizer_that_splits_otherwise_is_named(saved_folder, parent, tmp_path, open_, part):
+    shutil.copytree(saved_folder, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    other = {"normalizer": {"type": "Lowercase"}, "pre_tokenizer": {"type": "Whitespace"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: other[part]}))
+    with pytest.raises(ValueError, match=f"another {part} in its tokenizer"):
         check_alike([parent, open_(tmp_path / "other")])
 
 

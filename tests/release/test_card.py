@@ -22,6 +22,7 @@ license: mit
 library_name: transformers
 pipeline_tag: text-ranking
 base_model: someone/base
+base_model_relation: finetune
 language: [en, de]
 tags: [reranker]
 results:
@@ -79,12 +80,35 @@ def test_figures_without_a_table(card, tmp_path):
         render_card(card, "me/mine", tmp_path)
 
 
-@pytest.mark.parametrize("key", ["license", "library_name", "pipeline_tag", "language", "tags", "base_model"])
+@pytest.mark.parametrize("entry", ["figures.json", "{column: ours, metric: x}", "{file: figures.json, metric: x}"])
+def test_an_entry_that_says_too_little(card, tmp_path, entry):
+    card.write_text(re.sub(r"- \{file: .*", f"- {entry}", CARD))
+    with pytest.raises(ValueError, match="an entry of results has no"):
+        render_card(card, "me/mine", tmp_path)
+
+
+@pytest.mark.parametrize("found", [[], {}, {"rows": {}}, {"rows": [{"collection": "law", "ours": None}]}])
+def test_what_is_no_results_file(card, tmp_path, found):
+    (tmp_path / "figures.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"figures\.json"):
+        render_card(card, "me/mine", tmp_path)
+
+
+@pytest.mark.parametrize("key", ["license", "library_name", "pipeline_tag", "language", "tags"])
 def test_what_is_not_stated_is_named(card, tmp_path, key):
-    card.write_text(re.sub(rf"{key}: .*\n", "", CARD))
+    card.write_text(re.sub(rf"(?m)^{key}: .*\n", "", CARD))
     assert problems_of_card(render_card(card, "me/mine", tmp_path)) == [
         f"README.md does not state {key} in its front matter."
     ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "missing"), [("base_model(_relation)?", "base_model"), ("base_model_relation", "base_model_relation")]
+)
+def test_where_it_comes_from_and_how(card, tmp_path, keys, missing):
+    card.write_text(re.sub(rf"(?m)^{keys}: .*\n", "", CARD))
+    (problem,) = problems_of_card(render_card(card, "me/mine", tmp_path))
+    assert problem.startswith(f"README.md does not state {missing} ")
 
 
 def test_a_wrong_task_and_language(card, tmp_path):

@@ -111,7 +111,7 @@ def test_weights_that_were_cut_off(folder):
     assert "model.safetensors is damaged" in problem
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "pytorch_model.bin", "scores.npy", "notes.txt"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "OPTIMIZER.PT", "pytorch_model.bin", "scores.npy", "notes.txt"])
 def test_pickles_by_name_or_by_content(folder, name):
     (folder / name).write_bytes(pickle.dumps({"a": 1}))
     [problem] = problems_of(folder)
@@ -136,14 +136,34 @@ def test_secrets(folder, kind):
     assert SECRETS[kind] not in problem
 
 
-@pytest.mark.parametrize("path", ["/home/user/data/rows.jsonl", "/root/x", "/mnt/disk1/model", "C:\\\\Users\\\\user"])
+def test_secrets_in_the_header_of_weights(folder):
+    tensors = tiny.read_tensors(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", "token": SECRETS["GitHub"]})
+    assert problems_of(folder) == ["model.safetensors holds what looks like a GitHub token."]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/home/user/data/rows.jsonl",
+        "/root/x",
+        "/mnt2/disk1/model",
+        "/opt/x",
+        "file:///home/user/x",
+        "at:/srv/x",
+        "D:/models",
+        "C:\\\\Users\\\\user",
+    ],
+)
 def test_places_on_this_machine(folder, path):
     (folder / "train.json").write_text(f'{{"train": ["{path}"]}}')
     [problem] = problems_of(folder)
     assert problem.startswith("train.json names a place on this machine")
 
 
-@pytest.mark.parametrize("text", ["https://example.org/home/page", "../data/rows.jsonl", "and/or", "runs/home/x"])
+@pytest.mark.parametrize(
+    "text", ["https://example.org/home/page", "https://opt/x", "a:/b", "../data/rows.jsonl", "and/or", "runs/home/x"]
+)
 def test_what_is_no_place_on_this_machine(folder, text):
     (folder / "train.json").write_text(json.dumps({"train": [text]}))
     assert problems_of(folder) == []

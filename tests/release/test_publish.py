@@ -72,9 +72,30 @@ def test_the_same_again_changes_nothing(hub, files):
     assert hub.count("PUT", LARGE) == 1
 
 
+def test_what_is_not_of_the_model_stays(hub, files):
+    others = {"LICENSE": b"MIT", "curve.png": b"png", "notes/a.json": b"{}"}
+    send(hub, files | others)
+    send(hub, files)
+    assert held(hub) == contents(files) | others
+
+
+def test_what_is_removed_is_told_before(hub, files):
+    send(hub, files | {"old_querit.py": b"old"})
+    said = []
+    publish(files, Destination(NAME), "Again", echo=said.append, api=HfApi(endpoint=hub.url, token="hf_good"))
+    assert said[1] == "Removes old_querit.py."
+
+
 def test_private(hub, files):
     send(hub, files, private=True)
     assert hub.repos[NAME].private
+
+
+def test_a_public_repository_does_not_get_what_is_private(hub, files):
+    send(hub, files)
+    with pytest.raises(ValueError, match="is public already"):
+        send(hub, files | {"README.md": b"---\nlicense: mit\n---\n# Secret\n"}, private=True)
+    assert held(hub) == contents(files)
 
 
 def test_a_branch(hub, files):
@@ -100,6 +121,57 @@ def test_a_tag_that_is_taken(hub, files):
     assert hub.repos[NAME].tags == {"v1": first.oid}
     # It was told before anything was sent.
     assert held(hub)["notes.txt"] == b"new"
+
+
+@pytest.mark.parametrize("changed", [{"notes.txt": b"new"}, {"model.safetensors": b"new"}, {"old_querit.py": None}])
+def test_a_tag_on_the_head_is_not_moved_and_told_before_anything_is_sent(hub, files, changed):
+    first = send(hub, files | {"old_querit.py": b"old"}, tag="v1")
+    wanted = {name: content for name, content in (files | {"old_querit.py": b"old"} | changed).items() if content}
+    with pytest.raises(ValueError, match="has a tag v1 already"):
+        send(hub, wanted, tag="v1")
+    assert hub.repos[NAME].tags == {"v1": first.oid}
+    assert hub.repos[NAME].at().sha == first.oid
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"tag": "v 1"}, "is no name of a tag"),
+        ({"tag": ""}, "is no name of a tag"),
+        ({"tag": "v1", "pr": True}, "once it is merged"),
+        ({"repo_id": "reranker"}, "give OWNER/NAME"),
+    ],
+)
+def test_what_cannot_be_meant(where, message):
+    with pytest.raises(ValueError, match=message):
+        Destination(**{"repo_id": NAME} | where)
+
+
+def test_a_repository_for_something_else(hub, files):
+    api = HfApi(endpoint=hub.url, token="hf_good")
+    api.create_repo(NAME)
+    api.upload_file(path_or_fileobj=b"GGUF", path_in_repo="model.gguf", repo_id=NAME)
+    with pytest.raises(ValueError, match=r"holds model\.gguf, but no config\.json"):
+        send(hub, files)
+    assert held(hub) == {"model.gguf": b"GGUF"}
+
+
+def test_a_plain_decoder_is_not_overwritten(hub, files):
+    api = HfApi(endpoint=hub.url, token="hf_good")
+    api.create_repo(NAME)
+    plain = CONFIG["text_config"] | {"architectures": ["Qwen3ForCausalLM"]}
+    api.upload_file(path_or_fileobj=json.dumps(plain).encode(), path_in_repo="config.json", repo_id=NAME)
+    with pytest.raises(ValueError, match="holds a Qwen3ForCausalLM"):
+        send(hub, files)
+
+
+def test_a_published_reranker_is_a_version_of_ours(hub, files):
+    api = HfApi(endpoint=hub.url, token="hf_good")
+    api.create_repo(NAME)
+    published = CONFIG["text_config"] | {"architectures": ["MLQwen3Model"]}
+    api.upload_file(path_or_fileobj=json.dumps(published).encode(), path_in_repo="config.json", repo_id=NAME)
+    send(hub, files)
+    assert held(hub) == contents(files)
 
 
 def test_another_architecture_is_refused_before_anything_is_sent(hub, files):

@@ -11,7 +11,8 @@ import pytest
 import tiny
 from hub_server import HubServer
 
-from modeling_querit.release.reference import REFERENCE_FILE, TOLERANCE, check_scores, record_scores
+from modeling_querit.files import write_json
+from modeling_querit.release.reference import REFERENCE_FILE, TOLERANCE, check_scores, reference_of
 
 ROOT = Path(__file__).parents[2]
 NAME = "someone/reranker"
@@ -20,6 +21,7 @@ license: mit
 library_name: transformers
 pipeline_tag: text-ranking
 base_model: someone/base
+base_model_relation: finetune
 language: [en]
 tags: [reranker, querit]
 ---
@@ -40,7 +42,7 @@ def recorded(saved_folders, tmp_path_factory):
     """A folder with a card and recorded scores. Tests copy before they change anything."""
     folder = shutil.copytree(saved_folders("deepseek_v3"), tmp_path_factory.mktemp("release") / "reranker")
     (folder / "README.md").write_text(CARD)
-    record_scores(folder)
+    write_json(reference_of(folder), folder / REFERENCE_FILE)
     return folder
 
 
@@ -49,9 +51,14 @@ def folder(recorded, tmp_path):
     return shutil.copytree(recorded, tmp_path / "reranker")
 
 
-def upload(hub, home, *arguments):
+def recorded_in(folder):
+    return json.loads((folder / REFERENCE_FILE).read_text())
+
+
+def upload(hub, home, *arguments, cwd=None):
     command = [sys.executable, str(ROOT / "upload.py"), *map(str, arguments)]
-    return subprocess.run(command, env=hub.environment(home, "hf_good"), capture_output=True, text=True, check=False)
+    environment = hub.environment(home, "hf_good")
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def test_the_whole_way(hub, recorded, tmp_path):
@@ -119,6 +126,30 @@ def test_a_folder_that_is_not_fit_is_not_sent(hub, folder, tmp_path):
     assert "someone/unfit" not in hub.repos
 
 
+def test_a_folder_by_its_name_alone_and_a_card_of_its_own(hub, folder, tmp_path):
+    """Nothing is written into the folder; the scores that it lacks go up all the same."""
+    reference = (folder / REFERENCE_FILE).read_bytes()
+    (folder / REFERENCE_FILE).unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "card.md").write_text(CARD.replace("A reranker", "{name}"))
+    arguments = [folder.name, "--repo-id", "someone/relative", "--card", "card.md"]
+    done = upload(hub, tmp_path / "home", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    sent = hub.repos["someone/relative"].files()
+    assert json.loads(sent[REFERENCE_FILE]) == json.loads(reference)
+    assert b"# someone/relative" in sent["README.md"]
+
+
+def test_a_card_with_a_secret_is_not_sent(hub, folder, tmp_path):
+    (tmp_path / "card.md").write_text(CARD + "\nTrained by hf_" + "aB3" * 12 + " in /home/someone/runs.\n")
+    done = upload(hub, tmp_path / "home", folder, "--repo-id", "someone/secret", "--card", tmp_path / "card.md")
+    assert done.returncode == 1
+    assert "a Hugging Face token" in done.stderr
+    assert "/home/someone" in done.stderr
+    assert "someone/secret" not in hub.repos
+
+
 def test_what_is_no_folder_is_one_line(hub, tmp_path):
     done = upload(hub, tmp_path / "home", tmp_path / "nowhere", "--repo-id", NAME)
     assert done.returncode == 2
@@ -127,7 +158,7 @@ def test_what_is_no_folder_is_one_line(hub, tmp_path):
 
 
 def test_a_stranger_gets_the_recorded_scores(recorded):
-    assert check_scores(recorded) == []
+    assert check_scores(recorded, recorded_in(recorded)) == []
 
 
 def test_weights_that_changed_since(folder):
@@ -136,7 +167,7 @@ def test_weights_that_changed_since(folder):
     tensors = tiny.read_tensors(folder)
     tensors["score.bias"] = tensors["score.bias"] + tensors["score.bias"].new_tensor([0.0, 0.3])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    problems = check_scores(folder)
+    problems = check_scores(folder, recorded_in(folder))
     assert [problem.split(" ")[0] for problem in problems] == ["AutoModel", "CrossEncoder"]
 
 
@@ -144,7 +175,7 @@ def test_code_that_does_not_run_elsewhere(folder):
     code = (folder / "modeling_querit.py").read_text()
     (folder / "modeling_querit.py").write_text(f"import modeling_querit.files\n{code}")
     with pytest.raises(ValueError, match=r"does not load where this package is not installed"):
-        check_scores(folder)
+        check_scores(folder, recorded_in(folder))
 
 
 def test_models_are_merged_by_their_names_on_the_hub(hub, recorded, tmp_path):

