@@ -1,6 +1,5 @@
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -111,14 +110,15 @@ def test_no_standard_input(querit, monkeypatch, saved_folder):
     assert (code, err) == (2, "querit: There is no standard input: name a file.\n")
 
 
-def test_what_cannot_be_written_is_escaped(saved_folders, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_what_cannot_be_written_is_escaped(querit, saved_folders, tmp_path, monkeypatch, more):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a\\ud800b"}\n')
-    querit = Path(sys.executable).with_name("querit")
-    command = [querit, "rerank", "--query", "ü", "--model", saved_folders("qwen3"), path]
-    for more in ([], ["--json"]):
-        done = subprocess.run([*command, *more], capture_output=True, check=True, env=os.environ | {"LC_ALL": "C"})
-        assert b"\\ud800" in done.stdout
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8", write_through=True))
+    code, _, _ = querit("rerank", "--query", "ü", "--model", saved_folders("qwen3"), path, *more)
+    assert code == 0
+    assert b"\\ud800" in written.getvalue()
 
 
 def test_a_damaged_weight_file(querit, saved_folder, documents, tmp_path):
