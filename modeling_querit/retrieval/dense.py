@@ -29,8 +29,8 @@ class DenseIndex:
         documents: Document id -> `{"title", "text"}`.
         encoder: A `SentenceTransformer`, or whatever has its `encode_query` and `encode_document` (or `encode`).
         batch_size: Texts encoded at once.
-        factory: `exact`, in memory, or the name of a `faiss` index for collections beyond that, such as
-            `"IVF4096,SQ8"` or `"HNSW32"`.
+        factory: `exact`, or the name of a `faiss` index for collections where that takes too long, such as
+            `"IVF4096,SQ8"` or `"HNSW32"`. Embeddings are in memory either way.
         folder: Where embeddings are kept, a file for each 512 documents, so that they are computed once. Name it by
             the encoder: nothing else tells the embeddings of one from those of another.
 
