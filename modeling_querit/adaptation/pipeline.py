@@ -7,21 +7,18 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 
-from ..checkpoints.mini import MINI_NAME
 from ..files import sha256, write_jsonl
-from ..retrieval.dense import PACKAGES, check_package
+from ..retrieval.dense import check_package
 from ..retrieval.runs import is_run, write_run
-from ..training.distillation import TEACHERS_FILE
 from ..training.record import FREE
 from ..training.run import train
 from ..training.settings import as_flags, parse
@@ -31,6 +28,7 @@ from .candidates import FirstStage, Fused, draw_candidates, rank_queries
 from .corpus import Document
 from .extractive import ExtractiveGenerator
 from .filters import Query, judged
+from .fingerprints import fingerprint_of, identities_of
 from .generators import Generator
 from .manifest import Manifest, in_words
 from .processes import Processes
@@ -40,7 +38,6 @@ from .scoring import pairs_of, rows_of, score_pairs
 from .settings import EXTRACTIVE, AdaptSettings
 from .shards import Shards, key_of
 from .teachers import Teacher
-from .weights import identity_of
 
 logger = logging.getLogger(__name__)
 
@@ -228,9 +225,9 @@ class Adaptation:
         rows, folder = self.data / "train.jsonl", self.folder / "train"
         given = self.settings.training(rows, folder)
         if self.processes.is_main:
-            # What training may go on with, if it stopped.
-            free = {name: value for name, value in given.items() if name not in FREE}
-            _make_way(folder, key_of(free, sha256(rows), _identities([given["model"]])).hex())
+            # Training goes on, if it stopped, as long as these are the same.
+            deciding = {name: value for name, value in given.items() if name not in FREE}
+            _make_way(folder, key_of(deciding, sha256(rows), identities_of([given["model"]])).hex())
         self.processes.wait()
         train(*parse(as_flags(given, "the section train")))
         return {}
@@ -298,46 +295,7 @@ class Adaptation:
             self.echo(f"{STAGES.index(stage.name) + 1}/{len(STAGES)} {stage.name}: {in_words(counts) or 'done'}")
 
     def _fingerprint(self, stage: Stage) -> str:
-        """Of the settings of a stage, of the files that it reads, and of the models that it asks."""
-        settings = self.settings.model_dump(mode="json", include=set(stage.sections))
-        files = [*(self.data / name for name in stage.reads), *_files_of(self.settings, stage.name)]
-        models = _identities(_models_of(self.settings, stage.sections))
-        return key_of(settings, self.settings.seed, [sha256(path) for path in files], models).hex()
-
-
-def _files_of(settings: AdaptSettings, name: str) -> list[Path]:
-    """Files of the user's that a stage reads."""
-    if name == "corpus":
-        sources = map(Path, settings.corpus.sources)
-        found = [path for each in sources for path in (sorted(each.glob("corpus.jsonl*")) if each.is_dir() else [each])]
-    elif name == "queries":
-        found = [settings.queries.examples] if settings.queries.examples else []
-    elif name == "candidates":
-        found = [Path(each) for each in settings.candidates.first_stages if is_run(each)]
-    elif name == "report":
-        run = settings.output_dir / "train"
-        judged = [Path(source.partition(":")[0]) for source in settings.evaluation]
-        found = [run / TEACHERS_FILE, *sorted((run / "model").glob("*.safetensors"))]
-        found += [path for folder in judged for path in sorted(folder.rglob("*")) if path.is_file()]
-    else:
-        found = []
-    return [path for path in found if path.exists()]
-
-
-def _models_of(settings: AdaptSettings, sections: Sequence[str]) -> list[str]:
-    """Names of the models that sections ask for."""
-    found = [*settings.candidates.first_stages] if "candidates" in sections else []
-    if "queries" in sections:
-        found += [each.get("model", "") for each in settings.queries.generators.values()]
-    if "teachers" in sections:
-        found += [(each.model_extra or {}).get("model", name) for name, each in settings.teachers.items()]
-    return found
-
-
-def _identities(names: Iterable[str]) -> dict[str, Any]:
-    """What tells apart models that may change under their names: those in folders, and in packages."""
-    found = {name: version(PACKAGES[name]) for name in names if name in PACKAGES}
-    return found | {name: identity_of(name) for name in names if name == MINI_NAME or (name and Path(name).is_dir())}
+        return fingerprint_of(self.settings, stage.name, stage.sections, [self.data / name for name in stage.reads])
 
 
 def _make_way(folder: Path, fingerprint: str) -> None:

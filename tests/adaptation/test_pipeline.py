@@ -146,6 +146,19 @@ def test_another_model_under_the_same_name_is_asked_anew(tmp_path, folder):
     assert dataset_of(settings.output_dir)["train.jsonl"] != before["train.jsonl"]
 
 
+def test_a_student_that_was_trained_since_is_trained_anew(tmp_path, folder):
+    write_collection(tmp_path / "collection")
+    shutil.copytree(folder, tmp_path / "model")
+    settings = make_settings(tmp_path, folder, train={"model": str(tmp_path / "model")})
+    Adaptation(settings).run(STAGES[:5])
+    tensors = tiny.read_tensors(tmp_path / "model")
+    tensors["score.bias"] = tensors["score.bias"] + 1
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    said = []
+    Adaptation(settings, said.append).run(STAGES[:5])
+    assert ["done before" in line for line in said] == [True] * 4 + [False]
+
+
 def test_other_judgements_make_another_report(tmp_path, folder):
     write_collection(tmp_path / "collection")
     settings = make_settings(tmp_path, folder, evaluation=[f"{tmp_path}/collection:test"], evaluation_depth=5)
