@@ -96,18 +96,17 @@ def largest_difference(ours: Path, theirs: Path) -> float:
 def compare(pairs: dict[str, list[Path]], aside: Path, args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Each contender in turn; what the first round wrote is compared."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in pairs}
-    commands = {OURS: our_command, PEER: their_command}
-    # Once each to warm up: files are read from the disk, and modules compiled.
-    for turn in range(args.rounds + 1):
+    commands, outputs = {OURS: our_command, PEER: their_command}, {}
+    for turn in range(-args.warm_ups, args.rounds):
         for name, pair in pairs.items():
-            output = aside / f"{name.replace(' ', '-')}-{turn}"
+            output = outputs[name] = aside / f"{name.replace(' ', '-')}-{turn}"
             one = measured(commands[name](pair, output, args))
-            print(f"  {name}: {one['seconds']:.1f} s, {one['mib_resident']:.0f} MiB" + ("" if turn else " (warm-up)"))
-            if turn:
+            remark = " (warm-up)" if turn < 0 else ""
+            print(f"  {name}: {one['seconds']:.1f} s, {one['mib_resident']:.0f} MiB{remark}")
+            if turn >= 0:
                 found[name].append(one)
-        if turn == 0 and PEER in pairs:
-            outputs = (aside / f"{name.replace(' ', '-')}-0" for name in (OURS, PEER))
-            difference = largest_difference(*outputs)
+        if turn == -args.warm_ups:
+            difference = largest_difference(outputs[OURS], outputs[PEER])
             print(f"  entries are at most {difference:.2g} of their tensor's largest apart (bfloat16: 0.0039)")
             if difference > 2**-7:
                 sys.exit("That is more than rounding explains: nothing is timed.")
@@ -142,9 +141,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = timing.common_parser(__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="qwen3_0_6b", help="of the models, random weights")
     parser.add_argument("--layers", type=int, default=22, help="of the models: 22 make 1 GB each in bfloat16")
+    parser.add_argument(
+        "--warm-ups", type=int, default=1, help="untimed first: files are read from the disk, and modules compiled"
+    )
     parser.add_argument("--mergekit", default=sys.executable, help="the python that has mergekit 0.1.5")
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or 3
+    if args.warm_ups < 0:
+        parser.error(f"--warm-ups is {args.warm_ups}, below 0")
     if args.mergekit == sys.executable and importlib.util.find_spec("mergekit") is None:
         parser.error("mergekit is not installed here: pip install mergekit==0.1.5, or name another --mergekit PYTHON")
     return args

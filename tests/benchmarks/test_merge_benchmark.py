@@ -12,7 +12,7 @@ pytest.importorskip("mergekit")
 
 def test_merging_against_mergekit(tmp_path):
     path = tmp_path / "merge.json"
-    merge.main(["--shape", "tiny_dense", "--layers", "2", "--rounds", "1", "--json", str(path)])
+    merge.main(["--shape", "tiny_dense", "--layers", "2", "--rounds", "1", "--warm-ups", "0", "--json", str(path)])
     (row,) = json.loads(path.read_text())["rows"]
     assert (row["ours"], row["against"]) == ("querit merge", "mergekit-yaml")
     assert row["ratio"] > 0

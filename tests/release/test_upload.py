@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 from hub_server import HubServer
+from huggingface_hub import HfApi
 
 from modeling_querit.files import write_json
 from modeling_querit.release.reference import REFERENCE_FILE, TOLERANCE, check_scores, reference_of
@@ -187,9 +188,11 @@ def test_code_that_does_not_run_elsewhere(folder):
         check_scores(folder, recorded_in(folder))
 
 
-def test_models_are_merged_by_their_names_on_the_hub(hub, recorded, tmp_path):
+def test_models_are_merged_by_their_names_on_the_hub(hub, online, recorded, tmp_path):
     home = tmp_path / "home"
-    assert upload(hub, home, recorded, "--repo-id", "someone/parent").returncode == 0
+    api = HfApi(endpoint=hub.url, token="hf_good")
+    api.create_repo("someone/parent")
+    api.upload_folder(repo_id="someone/parent", folder_path=recorded)
     program = "from modeling_querit.cli import main; main()"
     command = [sys.executable, "-c", program, "merge", "someone/parent", str(recorded), "-o", str(tmp_path / "merged")]
     environment = hub.environment(home) | {"PYTHONPATH": str(ROOT)}
