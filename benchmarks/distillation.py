@@ -110,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.student != BASE_NAME:
         students["student before"] = reranker(args.student, args)
     unseen = {query: candidates[query] for query in held_out}
-    scores = scores_of(students, collection, documents, unseen, kept)
+    # Teachers too: a student that was one of them is not asked again.
+    scores = scores_of(teachers | students, collection, documents, unseen, kept)
     rankings: dict[str, dict[str, list[str]]] = {
         BM25_NAME: {query: list(hits) for query, hits in unseen.items()},
         "teacher": {query: by_score(list(unseen[query]), calibrated.labels(rows[query]["scores"])) for query in unseen},
@@ -119,8 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for query, hits in unseen.items()
         },
     }
-    for name, by_query in scores.items():
-        rankings[name] = {query: by_score(list(unseen[query]), values) for query, values in by_query.items()}
+    for name in students:
+        rankings[name] = {query: by_score(list(unseen[query]), values) for query, values in scores[name].items()}
     figures = {name: mean(each) for name, each in measure(collection, rankings).items()}
     report(figures, args, len(held_out), len(taught))
 
