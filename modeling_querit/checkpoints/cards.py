@@ -49,7 +49,7 @@ def merged_card(name: str, recipe: Mapping[str, Any]) -> str:
         recipe: As in `merge.json`.
     """
     parents = [recipe["base"], *recipe["models"]] if recipe["base"] else recipe["models"]
-    repositories = [str(each) for each in parents if _is_repository(str(each))]
+    repositories = list(filter(None, (_repository_of(str(each)) for each in parents)))
     data = _card_data(tags=[*_TAGS, "merge"])
     if repositories:
         data.base_model, data.base_model_relation = repositories, "merge"
@@ -80,8 +80,7 @@ def exported_card(name: str, architecture: str, source: str, bias: float) -> str
         bias: Of its one logit.
     """
     data = _card_data(tags=_TAGS)
-    if _is_repository(source):
-        data.base_model = source
+    data.base_model = _repository_of(source)
     shown = Path(source).resolve().name if Path(source).is_dir() else source
     return f"---\n{data.to_yaml()}\n---\n\n" + _EXPORTED.replace("{name}", name).replace(
         "{architecture}", architecture
@@ -96,11 +95,13 @@ def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _is_repository(name: str) -> bool:
-    if Path(name).exists() or name.count("/") != 1:
-        return False
+def _repository_of(source: str) -> str | None:
+    """Without the revision; None for what is no repository."""
+    name = source.partition("@")[0]
+    if Path(source).exists() or name.count("/") != 1:
+        return None
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return False
-    return True
+        return None
+    return name

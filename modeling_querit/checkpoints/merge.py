@@ -215,7 +215,8 @@ class Merger:
         config.dtype = config.text_config.dtype = specs["score.weight"].dtype
         config.save_pretrained(folder)
         write_code_files(first.model, folder)
-        first.write_tokenizer(folder)
+        # No longer pairs than all models are made for.
+        min(self.models, key=lambda model: model.max_length).write_tokenizer(folder)
 
     def _dtype_of(self, key: str, recipe: Recipe) -> torch.dtype:
         stored = {model.tensors[key].dtype for model in self.models}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -19,6 +18,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import extract_commit_hash
@@ -72,6 +72,14 @@ class Parent:
         counts = Counter(path.name for path in self.files)
         return {path.name if counts[path.name] == 1 else f"{path.parent.name}/{path.name}": path for path in self.files}
 
+    @property
+    def max_length(self) -> int:
+        """Tokens a pair may have."""
+        for path in self.tokenizer:
+            if path.name == "tokenizer_config.json":
+                return json.loads(path.read_text(encoding="utf-8"))["model_max_length"]
+        return self.model.processor.max_length
+
     def write_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer as other runtimes need it: a copy, where it is like that already."""
         for path in self.tokenizer:
@@ -84,7 +92,7 @@ def open_parent(name: str, aside: Path) -> Parent:
     """A reranker by its name: "mini", a folder, a repository, or an adapter, whose base is looked up by its config.
 
     Args:
-        name: The name.
+        name: The name; that of a repository may end in a branch, tag or commit, as in `me/reranker@v1.0`.
         aside: A folder for what has to be written down before it can be read: plain decoders that adapters are for.
 
     Raises:
@@ -131,8 +139,12 @@ def _folder_of(name: str) -> Path:
             hint = f": name {folder / inside[0]}" if inside else ""
             raise FileNotFoundError(f"{name} holds no config.json and no {ADAPTER_CONFIG}{hint}.")
         return folder
+    repository, _, revision = name.partition("@")
+    patterns = {"allow_patterns": list(_FILES), "ignore_patterns": ["*/*"]}
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES), ignore_patterns=["*/*"]))
+        return Path(snapshot_download(repository, revision=revision or None, **patterns))
+    except RevisionNotFoundError as error:
+        raise OSError(f"{repository} has no revision {revision}: name a branch, a tag or a commit.") from error
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise OSError(f"{name} is no folder, and no repository that could be reached: {error}") from error
 
@@ -144,20 +156,15 @@ def _revision_of(folder: Path) -> str | None:
 
 def open_base(name: str, aside: Path) -> Parent:
     """The reranker that others were trained from; a plain decoder becomes one, with a head at zero."""
-    if name != BASE_NAME and _is_reranker(name):
+    source = name if name == BASE_NAME else str(_folder_of(name))
+    if source != BASE_NAME and ((Path(source) / ADAPTER_CONFIG).exists() or is_reranker(source)):
         return open_parent(name, aside)
-    folder = aside / re.sub(r"\W+", "-", os.fspath(name))
+    folder = aside / re.sub(r"\W+", "-", name)
     if not folder.exists():
-        config = {} if name == BASE_NAME else PreTrainedConfig.get_config_dict(name)[0]
+        config = {} if source == BASE_NAME else PreTrainedConfig.get_config_dict(source)[0]
         dtype = dtype_named(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-        write_whole(load_for_training(name, dtype), folder)
+        write_whole(load_for_training(source, dtype), folder)
     return open_parent(str(folder), aside)
-
-
-def _is_reranker(name: str) -> bool:
-    if name == MINI_NAME or (Path(name) / ADAPTER_CONFIG).exists():
-        return True
-    return is_reranker(name)
 
 
 def _in_our_layout(stored: dict[str, StoredTensor]) -> dict[str, LazyTensor]:

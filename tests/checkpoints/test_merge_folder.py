@@ -55,6 +55,17 @@ def test_every_runtime_loads_it(whole_merge):
     assert encoder.predict(texts).tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_it_reads_no_more_than_each_of_the_models(family, tmp_path):
+    path = shutil.copytree(family[1], tmp_path / "short") / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 99}))
+    merge_checkpoints(Recipe([family[0], str(path.parent)]), tmp_path / "new")
+    lengths = [
+        QueritForSequenceRanking.from_pretrained(folder).processor.max_length
+        for folder in (family[0], tmp_path / "new")
+    ]
+    assert lengths[0] > lengths[1] == 99
+
+
 def test_shards(family, tmp_path):
     expected = merged(tmp_path / "one", family[:2])
     merge_checkpoints(Recipe(family[:2]), tmp_path / "many", max_shard_size="40KB")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import tiny
 from hub_server import HubServer
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard, constants
 
+from modeling_querit.checkpoints.parents import open_parent
 from modeling_querit.files import write_json
 from modeling_querit.release.reference import REFERENCE_FILE, TOLERANCE, check_scores, reference_of
 from upload import run as run_upload
@@ -193,11 +194,32 @@ def test_models_are_merged_by_their_names_on_the_hub(hub, online, recorded, tmp_
     api = HfApi(endpoint=hub.url, token="hf_good")
     api.create_repo("someone/parent")
     api.upload_folder(repo_id="someone/parent", folder_path=recorded)
+    api.create_tag("someone/parent", tag="v1")
+    api.delete_file("model.safetensors", repo_id="someone/parent")
     program = "from modeling_querit.cli import main; main()"
-    command = [sys.executable, "-c", program, "merge", "someone/parent", str(recorded), "-o", str(tmp_path / "merged")]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "merge",
+        "someone/parent@v1",
+        str(recorded),
+        "-o",
+        str(tmp_path / "merged"),
+    ]
     environment = hub.environment(home) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     merged, parent = tiny.read_tensors(tmp_path / "merged"), tiny.read_tensors(recorded)
     assert all(merged[key].equal(tensor) for key, tensor in parent.items())
-    assert "- someone/parent" in (tmp_path / "merged" / "README.md").read_text()
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert card.data.base_model == ["someone/parent"]
+    assert "- `someone/parent@v1`" in card.text
+
+
+def test_a_revision_that_a_repository_does_not_have(hub, online, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    HfApi(endpoint=hub.url, token="hf_good").create_repo("someone/young")
+    with pytest.raises(OSError, match=r"someone/young has no revision v9: name a branch, a tag or a commit\.$"):
+        open_parent("someone/young@v9", tmp_path)
