@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from .losses import LOSSES, choose_losses
@@ -63,6 +64,8 @@ class QueritTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = False
 
     def __post_init__(self) -> None:
+        # Processors without an accelerator have bfloat16 too, but the Trainer refuses it until it is told to use them.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         choose_losses(self.losses)
         if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):

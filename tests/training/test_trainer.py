@@ -124,6 +124,13 @@ def test_adapters_are_trained_in_packs_too(model, tmp_path):
     assert_same(*seen)
 
 
+def test_bfloat16_needs_no_accelerator(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    args = make_args(tmp_path, bf16=True, use_cpu=False)
+    assert args.bf16
+    assert args.device.type == "cpu"
+
+
 def test_bfloat16_learns_too(model, tmp_path):
     trainer = make_trainer(copy.deepcopy(model), tmp_path, bf16=True, logging_steps=1)
     trainer.train()
