@@ -12,6 +12,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ UNKNOWN_LANGUAGE = "und"
 # Letters by which a language is told; fewer than the lower number say nothing.
 _LETTERS_TO_TELL = 20
 _CHARS_TO_TELL = 2000
+# Probability a language has to have; short texts in English are taken for any of a hundred others.
+_SURE = 0.5
 # Of a text: the share of control characters from which on it is no text.
 _JUNK = 0.02
 # Thai, Lao, Japanese, Chinese, Korean.
@@ -150,7 +153,7 @@ def cut_all(documents: Iterable[Document], max_chars: int, counts: Counter[str])
 
 
 def language_of(text: str) -> str:
-    """ISO 639-1 code of a text's language, by py3langid; `und` if it is too short to tell.
+    """ISO 639-1 code of a text's language, by py3langid; `und` if it cannot be told, as of many a title.
 
     Example:
         ```python
@@ -163,9 +166,14 @@ def language_of(text: str) -> str:
     # One character of these scripts says as much as several of an alphabet.
     if letters + 3 * len(_DENSE.findall(head)) < _LETTERS_TO_TELL:
         return UNKNOWN_LANGUAGE
-    import py3langid
+    return _identifier().classify(head)[0]
 
-    return py3langid.classify(head)[0]
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=_SURE)
 
 
 def with_languages(documents: Iterable[Document], wanted: Sequence[str], dropped: Counter[str]) -> Iterator[Document]:

@@ -49,7 +49,9 @@ class CorpusSettings(Section):
     sample: int = Field(1000, ge=1, description="Documents that queries are written for.")
     max_chars: int = Field(20_000, ge=100, description="Of a document; the rest is cut off.")
     similarity: float = Field(0.9, gt=0, le=1, description="Of near-duplicates, of which the first stays.")
-    languages: list[str] = Field([], description="Keep documents in these languages only; all by default.")
+    languages: list[str] = Field(
+        [], description="Keep documents in these languages only (und: too short to tell); all by default."
+    )
 
     @property
     def sources(self) -> list[str]:

@@ -262,6 +262,8 @@ def test_what_is_cut_is_a_beginning(text, max_chars):
         ("a fox", "und"),
         ("12345 67890 12345 67890 12345", "und"),
         ("東京都", "und"),
+        # A short text is likest a language that it is not in.
+        ("Kernel panic on Debian", "und"),
         # A curly quote or a dash makes no script without spaces.
         ("a fox’s", "und"),
         ("fox – hen", "und"),
