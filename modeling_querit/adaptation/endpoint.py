@@ -51,7 +51,7 @@ class Endpoint:
     Args:
         url: Of the route.
         concurrency: Requests under way at once.
-        requests_per_minute: At most; None: no limit.
+        requests_per_minute: At most, of each process; None: no limit.
         attempts: How often a request is made before it is given up.
         timeout: Seconds until an answer has to be there.
         api_key_variable: The environment variable that holds the key, such as `OPENAI_API_KEY`; without a name, none is

@@ -208,7 +208,7 @@ class Adaptation:
         here = {"process": self.processes.index, "processes": self.processes.count}
         with _progress("scores", len(pairs) * len(self.teachers) // self.processes.count) as advance:
             set_aside = score_pairs(self.teachers, pairs, self.kept / "scores", **here, advance=advance)
-        self.processes.wait()
+        found = self.processes.gather((set_aside, _repeated(self.teachers)))
         if not self.processes.is_main:
             return {}
         left_out: Counter[str] = Counter()
@@ -217,8 +217,9 @@ class Adaptation:
         if not rows:
             raise ValueError(f"No query has two documents with scores of all teachers: {in_words(left_out)}.")
         write_jsonl(rows, self.data / "train.jsonl")
-        counts = {"rows": len(rows), "pairs": len(pairs), "set aside": +set_aside, "left out": left_out}
-        return counts | {"repeated": _repeated(self.teachers)}
+        set_aside, repeated = (sum(counts, Counter()) for counts in zip(*found, strict=True))
+        counts = {"rows": len(rows), "pairs": len(pairs), "set aside": set_aside, "left out": left_out}
+        return counts | {"repeated": repeated}
 
     def do_train(self) -> dict[str, Any]:
         """The student: `train/model`."""
@@ -310,9 +311,10 @@ def _make_way(folder: Path, fingerprint: str) -> None:
     mark.write_text(fingerprint)
 
 
-def _repeated(asked: Mapping[str, Any]) -> dict[str, Counter[str]]:
-    """By name, how often a server was asked again, and why."""
-    return {name: each.endpoint.repeated for name, each in asked.items() if hasattr(each, "endpoint")}
+def _repeated(asked: Mapping[str, Any]) -> Counter[str]:
+    """How often each server was asked again, and why."""
+    servers = {name: each.endpoint for name, each in asked.items() if hasattr(each, "endpoint")}
+    return Counter({f"{name} {why}": n for name, each in servers.items() for why, n in each.repeated.items()})
 
 
 def _as_beir(query: Query) -> dict[str, Any]:

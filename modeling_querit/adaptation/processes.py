@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -41,6 +42,14 @@ class Processes:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each of them, in order, once all are here."""
+        if self.count == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
 
     def end(self) -> None:
         """Disconnect them: processes that exit while they are connected may crash."""
