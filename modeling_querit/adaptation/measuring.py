@@ -48,8 +48,8 @@ def evaluate(settings: AdaptSettings, source: str, others: Mapping[str, Path] | 
 
     teachers = make_teachers(settings.teachers, settings.candidates, first_stages, documents, kept / "embeddings")
     models = {GENERAL: settings.train.get("model", "mini"), ADAPTED: run / "model", **(others or {})}
-    limit = settings.evaluation_max_length
-    students = {name: CrossEncoderTeacher(str(model), max_length=limit) for name, model in models.items()}
+    reads = {"max_length": settings.evaluation_max_length, "dtype": settings.evaluation_dtype}
+    students = {name: CrossEncoderTeacher(str(model), **reads) for name, model in models.items()}
     scorers = {_as_teacher(name): teacher for name, teacher in teachers.items()} | students
     scores = scores_of(scorers, collection, documents, candidates, kept / "evaluation")
 

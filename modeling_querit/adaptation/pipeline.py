@@ -92,7 +92,10 @@ _STAGES = (
         "report",
         ("queries.jsonl", "train.jsonl"),
         ("report/report.md", "report/figures.json"),
-        ("evaluation", "evaluation_depth", "evaluation_max_length", "train", "teachers", "candidates"),
+        (
+            *("evaluation", "evaluation_depth", "evaluation_max_length", "evaluation_dtype"),
+            *("train", "teachers", "candidates"),
+        ),
     ),
 )
 STAGES = tuple(stage.name for stage in _STAGES)

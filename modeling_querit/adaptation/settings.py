@@ -143,6 +143,9 @@ class AdaptSettings(Section):
     evaluation_max_length: int | None = Field(
         None, ge=8, description="Tokens that a pair may have there; what the model reads by default."
     )
+    evaluation_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of the models' weights there; by default that of their folders."
+    )
     seed: int = 0
 
     @property

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from ..checkpoints.loading import load_model
+from ..checkpoints.streaming import dtype_named
 from .corpus import Document
 from .endpoint import Endpoint, Malformed, Refused
 from .shards import key_of
@@ -51,6 +52,7 @@ class CrossEncoderTeacher:
         max_length: Tokens a pair may have; the model's own limit by default.
         instruction: The task in one sentence, for ours; the model's own by default.
         library: `querit` or `sentence-transformers`.
+        dtype: Of its weights: `auto` (that of the checkpoint), `float32`, `bfloat16` or `float16`.
         batch_size: Pairs scored, and written down, at once.
     """
 
@@ -61,27 +63,30 @@ class CrossEncoderTeacher:
         max_length: int | None = None,
         instruction: str | None = None,
         library: str = "querit",
+        dtype: str = "auto",
         batch_size: int = 256,
     ):
+        dtype_named(dtype)
         if library not in ("querit", "sentence-transformers"):
             raise ValueError(f"library is {library!r}: choose querit or sentence-transformers.")
         if instruction is not None and library != "querit":
             raise ValueError("instruction is for rerankers of library querit: leave it out.")
-        self.name, self.library = model, library
+        self.name, self.library, self.dtype = model, library, dtype
         self.max_length, self.instruction, self.batch_size = max_length, instruction, batch_size
 
     @cached_property
     def identity(self) -> Any:
         """Of the weights and of what they read."""
-        return ["cross-encoder", self.library, identity_of(self.name), self.max_length, self.instruction]
+        settings = [self.dtype, self.max_length, self.instruction]
+        return ["cross-encoder", self.library, identity_of(self.name), *settings]
 
     @cached_property
     def _model(self) -> Any:
         if self.library == "querit":
-            return load_model(self.name).to(device())
+            return load_model(self.name, self.dtype).to(device())
         from sentence_transformers import CrossEncoder
 
-        return CrossEncoder(self.name, max_length=self.max_length)
+        return CrossEncoder(self.name, max_length=self.max_length, model_kwargs={"dtype": self.dtype})
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
         """Relevance scores of ours, in [-1, 1]; of others, what their `predict` gives."""

@@ -182,6 +182,7 @@ def _make_trainer(
     model_args, data_args, run_args, args = settings
     if model_args.freeze:
         freeze(model, model_args.freeze)
+    _freeze_below(model, model_args.first_layer)
     kwargs: dict[str, Any] = {
         "train_dataset": rows if data_args.streaming else RankingDataset(rows),
         "eval_dataset": {name: RankingDataset(each) for name, each in validation.items()} or None,
@@ -253,17 +254,25 @@ def _plain(model_args: ModelArguments, weights: dict[str, torch.Tensor]) -> torc
     return model
 
 
+def _freeze_below(model: QueritForSequenceRanking, first_layer: int) -> None:
+    """Leave the embeddings and the layers below `first_layer` out of training; 0 leaves nothing out."""
+    depth = model.config.text_config.num_hidden_layers
+    if not 0 <= first_layer < depth:
+        raise ValueError(f"first_layer is {first_layer}: the model has layers 0 to {depth - 1}.")
+    if first_layer:
+        for module in (model.get_input_embeddings(), *model.model.layers[:first_layer]):
+            module.requires_grad_(False)
+
+
 def _with_lora(model: QueritForSequenceRanking, args: ModelArguments) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     depth = model.config.text_config.num_hidden_layers
-    if not 0 <= args.lora_first_layer < depth:
-        raise ValueError(f"lora_first_layer is {args.lora_first_layer}: the model has layers 0 to {depth - 1}.")
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha,
         target_modules=_LINEAR_LAYERS,
-        layers_to_transform=list(range(args.lora_first_layer, depth)),
+        layers_to_transform=list(range(args.first_layer, depth)),
         modules_to_save=["score"],
     )
     adapted = get_peft_model(model, config)

@@ -32,9 +32,12 @@ class ModelArguments:
     lora_alpha: float | None = field(
         default=None, metadata={"help": "Scale of the adapters; twice the rank by default."}
     )
-    lora_first_layer: int = field(
+    first_layer: int = field(
         default=0,
-        metadata={"help": "Leave the layers below it as they are: nothing is computed backwards through them."},
+        metadata={
+            "help": "Leave the embeddings and the layers below it as they are: nothing is computed backwards through "
+            "them. 0: leave nothing."
+        },
     )
     freeze: str | None = field(
         default=None, metadata={"help": "Of a mixture of experts, leave as it is: 'router' or 'experts'."}

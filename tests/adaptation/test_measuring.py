@@ -67,6 +67,13 @@ def predict_of(folder):
     return lambda query, document: float(model.predict([(query, document)], max_length=MAX_LENGTH)[0])
 
 
+def test_models_are_measured_in_the_dtype_that_is_asked_for(settings, source, adapted, saved_folders):
+    rounded = evaluate(settings.model_copy(update={"evaluation_dtype": "bfloat16"}), source)
+    model = QueritForSequenceRanking.from_pretrained(adapted, dtype="bfloat16")
+    expected = figure_of(lambda query, document: float(model.predict([(query, document)], max_length=MAX_LENGTH)[0]))
+    assert rounded["adapted"] == pytest.approx(expected)
+
+
 def test_figures_are_those_of_the_rankings(settings, source, adapted, saved_folders):
     figures = evaluate(settings, source)
     assert list(figures) == ["collection", "queries", "first_stage", "teacher", "general", "adapted", "p_value"]

@@ -95,10 +95,22 @@ def test_cross_encoders_that_mean_nothing():
         CrossEncoderTeacher("x", library="keras")
     with pytest.raises(ValueError, match="instruction is for"):
         CrossEncoderTeacher("x", library="sentence-transformers", instruction="Find it.")
+    with pytest.raises(ValueError, match="dtype is 'half': choose auto"):
+        CrossEncoderTeacher("x", dtype="half")
+
+
+@pytest.mark.parametrize("library", ["querit", "sentence-transformers"])
+def test_cross_encoders_compute_in_the_dtype_that_is_asked_for(saved_folders, library):
+    folder = str(saved_folders("qwen3"))
+    exact, rounded = (CrossEncoderTeacher(folder, library=library, dtype=dtype) for dtype in ("auto", "bfloat16"))
+    scores = rounded.score(PAIRS)
+    assert scores != exact.score(PAIRS)
+    assert scores == pytest.approx(exact.score(PAIRS), abs=0.05)
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_length": 40}, {"instruction": "Find it."}, {"library": "sentence-transformers"}]
+    "options",
+    [{"max_length": 40}, {"instruction": "Find it."}, {"library": "sentence-transformers"}, {"dtype": "bfloat16"}],
 )
 def test_settings_of_a_cross_encoder_are_its_identity(saved_folders, options):
     folder = str(saved_folders("qwen3"))

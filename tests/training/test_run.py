@@ -82,7 +82,7 @@ def test_adapters_are_saved_and_merged(saved_folder, rows, tmp_path):
 
     config = tmp_path / "config.yaml"
     config.write_text(
-        f"model: {saved_folder}\ntrain: [{rows}]\nlora_rank: 2\nlora_first_layer: 1\nlosses: [listwise_kl]\n"
+        f"model: {saved_folder}\ntrain: [{rows}]\nlora_rank: 2\nfirst_layer: 1\nlosses: [listwise_kl]\n"
         f"learning_rate: 1.0e-2\noutput_dir: {tmp_path / 'out'}\n"
     )
     main([str(config), *QUICK])
@@ -93,12 +93,23 @@ def test_adapters_are_saved_and_merged(saved_folder, rows, tmp_path):
     adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
     assert adapted.predict(pairs).tolist() == pytest.approx(merged.predict(pairs).tolist(), abs=1e-5)
     assert (merged.predict(pairs) - before).abs().max() > 1e-3
-    # Below the first adapted layer nothing moved.
-    for name, parameter in merged.named_parameters():
+    assert_moved_from_layer_1_on(merged, saved_folder)
+
+
+def test_all_weights_from_a_layer_on(saved_folder, rows, tmp_path):
+    out = tmp_path / "out"
+    settings = ["--model", str(saved_folder), "--train", rows, "--first_layer", "1", "--learning_rate", "1e-2"]
+    main([*settings, "--output_dir", str(out), *QUICK])
+    assert_moved_from_layer_1_on(QueritForSequenceRanking.from_pretrained(out / "model"), saved_folder)
+
+
+def assert_moved_from_layer_1_on(model, folder):
+    before = dict(QueritForSequenceRanking.from_pretrained(folder).named_parameters())
+    for name, parameter in model.named_parameters():
         if ".layers.0." in name or "embed" in name:
-            assert parameter.equal(
-                dict(QueritForSequenceRanking.from_pretrained(saved_folder).named_parameters())[name]
-            )
+            assert parameter.equal(before[name]), name
+        elif "q_proj" in name:
+            assert not parameter.equal(before[name]), name
 
 
 def test_resumes_from_a_checkpoint(saved_folder, rows, tmp_path):
@@ -164,10 +175,11 @@ def test_no_rows(saved_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_above_the_last_layer(saved_folder, rows, tmp_path):
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_nothing_is_trained_above_the_last_layer(saved_folder, rows, tmp_path, rank):
     common = ["--model", str(saved_folder), "--train", rows, "--output_dir", str(tmp_path / "out"), *QUICK]
     with pytest.raises(ValueError, match="has layers 0 to 1"):
-        main([*common, "--lora_rank", "2", "--lora_first_layer", "2"])
+        main([*common, "--lora_rank", rank, "--first_layer", "2"])
 
 
 def test_validation_and_early_stopping(saved_folder, rows, collection, tmp_path):
