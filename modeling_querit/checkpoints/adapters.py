@@ -87,18 +87,19 @@ class ReplacedTensor:
 
 
 def base_of(folder: Path) -> str:
-    """The name of the model that an adapter was trained on.
+    """The name of the model that an adapter was trained on, with its revision where that is said: `me/base@v1`.
 
     Raises:
         ValueError: if the adapter does not say it.
     """
-    name = _config_of(folder).base_model_name_or_path
+    config = _config_of(folder)
+    name = config.base_model_name_or_path
     if not name:
         raise ValueError(
             f"{folder / ADAPTER_CONFIG} does not say which model it is for: write its name there, as "
             "base_model_name_or_path."
         )
-    return name
+    return name if not config.revision or Path(name).is_dir() else f"{name}@{config.revision}"
 
 
 def adapted_tensors(folder: Path, base: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

@@ -9,20 +9,18 @@ import tempfile
 from pathlib import Path
 
 from ..folder_querit import write_code_files
-from .adapters import ADAPTER_CONFIG
-from .loading import load_model
 from .parents import open_parent
 from .streaming import copy_weights, dtype_named
-from .writing import check_new, whole_folder, write_whole
+from .writing import check_new, whole_folder
 
 
 def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike, dtype: str = "auto") -> Path:
     """Write a checkpoint, in any layout that `from_pretrained` understands, or an adapter, as `save_pretrained` does.
 
-    The folder is written aside and then renamed: it is whole, or not there.
+    Weights go from file to file in parts. The folder is written aside and then renamed: it is whole, or not there.
 
     Args:
-        source: Folder or repository, or folder of a LoRA adapter.
+        source: "mini", a folder, a repository or a LoRA adapter.
         destination: A folder that does not exist yet, or is empty.
         dtype: Of the weights; "auto" keeps the checkpoint's.
 
@@ -36,27 +34,16 @@ def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike
         PosixPath('querit-4b')
         ```
     """
-    destination = check_new(destination)
-    if (Path(source) / ADAPTER_CONFIG).exists():
-        _convert_adapter(source, destination, dtype)
-        return destination
-    model = load_model(source, dtype)
-    # Before anything is written: without a tokenizer the folder would serve nobody.
-    _ = model.processor
-    write_whole(model, destination)
-    return destination
-
-
-def _convert_adapter(source: str | os.PathLike, destination: Path, dtype: str) -> None:
-    """The adapter and its base as one model."""
+    destination, wanted = check_new(destination), dtype_named(dtype)
     with tempfile.TemporaryDirectory() as aside, whole_folder(destination) as folder:
         parent = open_parent(str(source), Path(aside))
-        copy_weights(folder, parent.tensors, dtype_named(dtype))
+        copy_weights(folder, parent.tensors, wanted)
         config = copy.deepcopy(parent.model.config)
-        config.dtype = config.text_config.dtype = dtype_named(dtype) or parent.tensors["score.weight"].dtype
+        config.dtype = config.text_config.dtype = wanted or parent.tensors["score.weight"].dtype
         config.save_pretrained(folder)
         write_code_files(parent.model, folder)
         parent.write_tokenizer(folder)
+    return destination
 
 
 def publish_checkpoint(source: str | os.PathLike, destination: str | os.PathLike, dtype: str = "auto") -> Path:

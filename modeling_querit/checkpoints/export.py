@@ -50,7 +50,7 @@ def export_classifier(source: str | os.PathLike, destination: str | os.PathLike,
         architecture = _classifier_of(parent)
         tensors = _with_one_logit(parent.tensors, wanted)
         copy_weights(folder, tensors, wanted)
-        config = _config_of(parent, architecture, str(wanted or tensors["score.weight"].dtype))
+        config = _config_of(parent, architecture, str(wanted or parent.tensors["score.weight"].dtype))
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name, content in SENTENCE_TRANSFORMERS_FILES.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

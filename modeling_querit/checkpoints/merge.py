@@ -27,7 +27,7 @@ from .naming import public_names
 from .parents import Parent, check_alike, check_trained, open_base, open_parent
 from .schedule import Schedule
 from .spherical import METHODS, add_up, gram_of
-from .streaming import Spec, dtype_named, is_routing_bias, row_slices, write_weights
+from .streaming import Spec, dtype_named, is_routing_bias, narrowed, row_slices, write_weights
 from .writing import check_new, whole_folder
 
 RECORD_FILE = "merge.json"
@@ -96,8 +96,10 @@ class Recipe:
             recipe = found.get("recipe", found) | changes
             # Other models have other hashes.
             is_other = not found.get("parents") or changes.keys() & {"models", "base"}
-            return cls(**recipe, parents=() if is_other else found["parents"])
-        except (AttributeError, TypeError, json.JSONDecodeError) as error:
+            return (
+                cls(**recipe) if is_other else cls(**_at_revisions(recipe, found["parents"]), parents=found["parents"])
+            )
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no recipe ({error}): give JSON with the keys of merge.json.") from None
 
     def published(self) -> dict[str, Any]:
@@ -193,6 +195,9 @@ class Merger:
             max_shard_size: Bytes of one weight file.
             show_progress_bar: By default only on a terminal.
         """
+        if recipe.parents:
+            # Other models than those of the record: known before anything is computed.
+            self._provenance(recipe, self._hashes)
         first = self.models[0]
         config = copy.deepcopy(first.model.config)
         schedule = recipe.schedule(config.text_config.num_hidden_layers)
@@ -236,10 +241,7 @@ class Merger:
         held = self._read(key, slices[0]) if len(slices) == 1 else None
         factors = _factors(self._gram(key, held), weights[key], recipe)
         for rows in slices:
-            merged = add_up(held or self._read(key, rows), factors).to(specs[key].dtype)
-            if specs[key].dtype == torch.float16 and not merged.isfinite().all():
-                raise ValueError(f"{key} has numbers that float16 cannot hold: merge in bfloat16 or float32.")
-            yield merged
+            yield narrowed(add_up(held or self._read(key, rows), factors), specs[key].dtype, key)
 
     def _gram(self, key: str, held: list[torch.Tensor] | None = None) -> torch.Tensor:
         """Dot products of the parents' tensors, (parents, parents), float64; computed once."""
@@ -272,6 +274,17 @@ class Merger:
             {"name": name, **({"revision": revision} if revision else {}), "sha256": found}
             for name, revision, found in zip(names, revisions, hashes, strict=True)
         ]
+
+
+def _at_revisions(recipe: Mapping[str, Any], parents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A recipe whose repositories are asked for by the commits that were merged."""
+    names = [*([recipe["base"]] if recipe.get("base") else []), *recipe["models"]]
+    names = [
+        f"{name.partition('@')[0]}@{parent['revision']}" if parent.get("revision") else name
+        for name, parent in zip(names, parents, strict=True)
+    ]
+    count = len(recipe["models"])
+    return {**recipe, "models": names[-count:], "base": names[0] if len(names) > count else None}
 
 
 def _factors(gram: torch.Tensor, weights: torch.Tensor, recipe: Recipe) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -77,8 +78,17 @@ class Parent:
         """Tokens a pair may have."""
         for path in self.tokenizer:
             if path.name == "tokenizer_config.json":
-                return json.loads(path.read_text(encoding="utf-8"))["model_max_length"]
+                limit = json.loads(path.read_text(encoding="utf-8")).get("model_max_length")
+                return limit if isinstance(limit, int) else self.model.processor.max_length
         return self.model.processor.max_length
+
+    @property
+    def template(self) -> str:
+        """What writes the text of a pair: its chat template."""
+        for path in self.tokenizer:
+            if path.name == "chat_template.jinja":
+                return path.read_text(encoding="utf-8")
+        return self.model.processor.portable_tokenizer().chat_template
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer as other runtimes need it: a copy, where it is like that already."""
@@ -99,12 +109,9 @@ def open_parent(name: str, aside: Path) -> Parent:
         OSError: if there is no such model, or it has no safetensors files.
         ValueError: if the checkpoint is damaged, or lacks a weight.
     """
-    folder = _folder_of(name)
+    folder = folder_of(name)
     if (folder / ADAPTER_CONFIG).exists():
-        name_of_base = base_of(folder)
-        if Path(name_of_base).resolve() == folder.resolve():
-            raise ValueError(f"{folder} is both an adapter and its base: move {ADAPTER_CONFIG} and its weights away.")
-        base = open_base(name_of_base, aside)
+        base = open_base(_base_below(folder), aside)
         files = (*base.files, *(path for path in (folder / ADAPTER_CONFIG, *folder.glob("*.safetensors"))))
         adapted = adapted_tensors(folder, base.tensors)
         return Parent(name, base.model, adapted, files, base.tokenizer, _revision_of(folder))
@@ -120,6 +127,22 @@ def open_parent(name: str, aside: Path) -> Parent:
     return Parent(name, model, _in_our_layout(stored), tuple(sorted(files)), tokenizer, _revision_of(folder))
 
 
+def _base_below(folder: Path) -> str:
+    """The name of an adapter's base, which may be an adapter, too.
+
+    Raises:
+        ValueError: if the bases go round in a circle.
+    """
+    passed, below, name = set(), folder, base_of(folder)
+    while Path(name).is_dir() and (Path(name) / ADAPTER_CONFIG).exists():
+        passed.add(below.resolve())
+        below = Path(name)
+        if below.resolve() in passed:
+            raise ValueError(f"{folder} is both an adapter and its base: move {ADAPTER_CONFIG} and its weights away.")
+        name = base_of(below)
+    return base_of(folder)
+
+
 def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
     """Those of a folder in our layout; none of others, whose tokenizers have to be changed."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -128,7 +151,12 @@ def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
     return files if is_ours and all(path.is_file() for path in files) else ()
 
 
-def _folder_of(name: str) -> Path:
+def folder_of(name: str) -> Path:
+    """Where a model is: that of the mini, a folder itself, a repository once it is downloaded.
+
+    Raises:
+        OSError: if there is no such model, or the Hub cannot be reached.
+    """
     if name == MINI_NAME:
         return default_model_path()
     folder = Path(name)
@@ -147,6 +175,8 @@ def _folder_of(name: str) -> Path:
         raise OSError(f"{repository} has no revision {revision}: name a branch, a tag or a commit.") from error
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise OSError(f"{name} is no folder, and no repository that could be reached: {error}") from error
+    except HTTPError as error:
+        raise ConnectionError(f"{name} did not arrive ({error}): give the same command again, it goes on.") from error
 
 
 def _revision_of(folder: Path) -> str | None:
@@ -156,7 +186,7 @@ def _revision_of(folder: Path) -> str | None:
 
 def open_base(name: str, aside: Path) -> Parent:
     """The reranker that others were trained from; a plain decoder becomes one, with a head at zero."""
-    source = name if name == BASE_NAME else str(_folder_of(name))
+    source = name if name == BASE_NAME else str(folder_of(name))
     if source != BASE_NAME and ((Path(source) / ADAPTER_CONFIG).exists() or is_reranker(source)):
         return open_parent(name, aside)
     folder = aside / re.sub(r"\W+", "-", name)
@@ -198,6 +228,8 @@ def _check_configs(first: Parent, other: Parent) -> None:
 
 
 def _check_vocabularies(first: Parent, other: Parent) -> None:
+    if first.template != other.template:
+        raise ValueError(f"{other.name} writes pairs by another chat_template.jinja than {first.name}: which is it?")
     if first.tokenizer and other.tokenizer and sha256(first.tokenizer[0]) == sha256(other.tokenizer[0]):
         return
     tokenizers = [each.model.processor.tokenizer for each in (first, other)]

@@ -102,6 +102,8 @@ class Schedule:
         weights = torch.tensor([_at(gradient, place) for gradient in gradients], dtype=torch.float64)
         if not weights.sum() > 0:
             raise ValueError(f"All weights of {key} are 0: give one of the models some.")
+        # First the largest: the sum of huge ones would be no number.
+        weights = weights / weights.max()
         return weights / weights.sum()
 
 

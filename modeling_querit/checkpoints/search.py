@@ -71,6 +71,8 @@ class Judged:
             FileNotFoundError: if a file of the layout is missing.
             ValueError: if no query has a relevant document.
         """
+        if queries < 1 or depth < 1:
+            raise ValueError(f"queries is {queries} and depth {depth}: nothing is ranked with less than 1 of each.")
         folder, _, split = source.partition(":")
         collection = Collection.load(folder, split or "dev")
         judged = judged_queries(collection)

@@ -12,7 +12,10 @@ PARALLEL = 0.9995
 # The squared length of the mean of two directions that are opposite so far.
 _SHORTEST = (1 - PARALLEL) / 2
 _LONGEST = 2.0
-_TOLERANCE = 1e-12
+# A step's length is the root of a number that is exact to 1e-16: shorter ones may be rounding.
+_TOLERANCE = 1e-7
+# Eigenvalues of the cosines below it, for each vector, are rounding.
+_RANK_TOLERANCE = 1e-9
 _MAX_STEPS = 200
 
 
@@ -20,9 +23,12 @@ def spherical(gram: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Factors of the weighted spherical mean of n vectors.
 
     The mean of their directions is the point of the unit sphere with the least weighted sum of squared angles to them
-    (Fréchet or Karcher mean; algorithm A1 of Buss and Fillmore, ACM TOG 2001). It lies in their span, so it is a sum
-    of the n directions, and the same factors add up the vectors themselves. For two vectors that is SLERP (Shoemake,
-    SIGGRAPH 1985) to the digit; for more it does not depend on their order, as chains of SLERP do.
+    (Fréchet or Karcher mean; algorithm A1 of Buss and Fillmore, ACM TOG 2001); where they are so far apart that there
+    are several such points, the one that is reached from their linear mean. It lies in their span, so it is a sum of
+    the n directions, and the same factors add up the vectors themselves. For two vectors that is SLERP (Shoemake,
+    SIGGRAPH 1985) to the digit; for more it does not depend on their order, as chains of SLERP do. Of vectors that
+    depend on each other, such as three biases of two numbers, the sum can be written in many ways: the one closest to
+    the weights is taken.
 
     Where angles say nothing, the mean is linear: where a vector is zero, where all are parallel, where two are
     opposite, where the directions cancel out, or where the result would be over twice as long as the longest vector:
@@ -54,21 +60,24 @@ def spherical(gram: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     if len(pairs) == 0 or pairs.min() > PARALLEL or pairs.min() < -PARALLEL:
         return linear(gram, weights)
     # The mean is `factors` times the directions, from here on.
-    factors = _normalized(weights, cosines)
+    start = factors = _normalized(weights, cosines)
     if factors is None:
         return linear(gram, weights)
+    span, last = _span(cosines), math.inf
     for _ in range(_MAX_STEPS):
         towards = (cosines @ factors).clamp(-1, 1)
         # theta / sin(theta), 1 in its limit: the length of each direction's image in the tangent space of the mean.
         stretch = weights / torch.sinc(towards.acos() / math.pi)
         step = stretch - (stretch @ towards) * factors
         length = (step @ cosines @ step).clamp(min=0).sqrt()
-        if length < _TOLERANCE:
-            break
-        moved = _normalized(torch.cos(length) * factors + torch.sin(length) / length * step, cosines)
+        moved = _normalized(torch.cos(length) * factors + torch.sinc(length / math.pi) * step, cosines)
         if moved is None:
             return linear(gram, weights)
-        factors = moved
+        # What adds nothing to the mean must not add up over the steps.
+        factors = start + span @ (span.T @ (moved - start))
+        if last <= length < _TOLERANCE or length == 0:
+            break
+        last = length
     is_stretched = (factors @ gram @ factors).sqrt() > _LONGEST * norms.max()
     return linear(gram, weights) if is_stretched else factors
 
@@ -106,6 +115,12 @@ def _normalized(factors: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor | 
     return factors / square.sqrt() if square > _SHORTEST else None
 
 
+def _span(cosines: torch.Tensor) -> torch.Tensor:
+    """(n, rank) orthonormal: all factors, but for those that add the directions up to nothing."""
+    values, vectors = torch.linalg.eigh(cosines)
+    return vectors[:, values > _RANK_TOLERANCE * len(values)]
+
+
 def gram_of(chunk: Sequence[torch.Tensor]) -> torch.Tensor:
     """Dot products of vectors, or of their parts: (n, n), float64.
 
@@ -116,7 +131,11 @@ def gram_of(chunk: Sequence[torch.Tensor]) -> torch.Tensor:
     gram = torch.empty(len(flat), len(flat), dtype=torch.float64)
     for row, first in enumerate(flat):
         for column, second in enumerate(flat[: row + 1]):
-            gram[row, column] = gram[column, row] = torch.dot(first, second).double()
+            product = torch.dot(first, second).double()
+            if not product.isfinite():
+                # Too large for float32, or not a number in float64 either.
+                product = torch.dot(first.double(), second.double())
+            gram[row, column] = gram[column, row] = product
     return gram
 
 

@@ -238,9 +238,21 @@ def copy_weights(
     }
 
     def chunks_of(key: str) -> Iterator[torch.Tensor]:
-        return (tensors[key].read(rows).to(specs[key].dtype) for rows in row_slices(specs[key].shape))
+        return (narrowed(tensors[key].read(rows), specs[key].dtype, key) for rows in row_slices(specs[key].shape))
 
     write_weights(folder, specs, chunks_of, max_shard_size)
+
+
+def narrowed(chunk: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
+    """Numbers in another dtype.
+
+    Raises:
+        ValueError: if float16 cannot hold one of them.
+    """
+    found = chunk.to(dtype)
+    if dtype == torch.float16 != chunk.dtype and not found.isfinite().all():
+        raise ValueError(f"{key} has numbers that float16 cannot hold: take bfloat16 or float32.")
+    return found
 
 
 def is_routing_bias(key: str) -> bool:

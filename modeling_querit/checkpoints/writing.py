@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ..modeling_querit import QueritForSequenceRanking
+
+# In a folder aside: whether somebody still writes to it.
+_LOCK = ".lock"
 
 
 def check_new(destination: str | os.PathLike) -> Path:
@@ -30,14 +37,32 @@ def check_new(destination: str | os.PathLike) -> Path:
 
 @contextmanager
 def whole_folder(destination: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `destination` once the block has ended without an error."""
+    """A folder to write to, which takes the place of `destination` once the block has ended without an error.
+
+    What a process that was killed has left of the same folder is removed.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as aside:
+    prefix = f".{destination.name}-"
+    _remove_left(destination.parent, prefix)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as aside:
         folder = Path(aside) / destination.name
-        folder.mkdir()
-        yield folder
-        # Takes the place of an empty folder, never of one that somebody filled meanwhile.
-        folder.replace(destination)
+        # Held as long as this process lives.
+        with FileLock(Path(aside) / _LOCK):
+            folder.mkdir()
+            yield folder
+            # Takes the place of an empty folder, never of one that somebody filled meanwhile.
+            folder.replace(destination)
+
+
+def _remove_left(parent: Path, prefix: str) -> None:
+    """Remove the folders aside that no living process writes to."""
+    for lock in parent.glob(f"{glob.escape(prefix)}*/{_LOCK}"):
+        try:
+            with FileLock(lock, timeout=0):
+                pass
+        except Timeout:
+            continue
+        shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def write_whole(model: QueritForSequenceRanking, destination: Path, card: str | None = None) -> None:

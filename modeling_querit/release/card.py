@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from .folder import STUB_SENTENCE
@@ -19,6 +21,8 @@ RESULTS_KEY = "results"
 # Where the table goes.
 RESULTS_PLACE = "<!-- results -->"
 _NEEDED = ("license", "library_name", "pipeline_tag", "language", "tags", "base_model")
+# What the Hub knows of a model and its base.
+_RELATIONS = ("finetune", "adapter", "merge", "quantized")
 _LANGUAGE = re.compile(r"^[a-z]{2,3}$|^multilingual$")
 
 
@@ -48,6 +52,8 @@ def render_card(path: Path, repo_id: str, root: Path | None = None) -> str:
     card = _read(path.read_text(encoding="utf-8").replace("{name}", repo_id), str(path))
     asked = card.data.to_dict().pop(RESULTS_KEY, None) or []
     data = {key: value for key, value in card.data.to_dict().items() if key != RESULTS_KEY}
+    if not isinstance(asked, list):
+        raise ValueError(f"{path}: {RESULTS_KEY} is a list of entries with file, column and metric.")
     if bool(asked) != (RESULTS_PLACE in card.text):
         raise ValueError(f"{path}: {RESULTS_KEY} in the front matter and {RESULTS_PLACE} in the text go together.")
     for each in asked:
@@ -90,7 +96,7 @@ def _table(figures: Sequence[EvalResult]) -> str:
 def _read(text: str, name: str) -> ModelCard:
     try:
         return ModelCard(text)
-    except (ValueError, YAMLError) as error:
+    except (TypeError, ValueError, YAMLError) as error:
         raise ValueError(f"{name} has no front matter that can be read: {error}.") from None
 
 
@@ -107,8 +113,9 @@ def problems_of_card(text: str) -> list[str]:
     for language in [languages] if isinstance(languages, str) else languages:
         if not _LANGUAGE.match(str(language)):
             problems.append(f"README.md names the language {language!r}: the Hub knows ISO 639 codes, such as en.")
-    if data.get("base_model") and not data.get("base_model_relation"):
-        problems.append("README.md does not state base_model_relation (finetune, adapter, merge or quantized).")
+    problems += _problems_of_bases(data)
+    if data.get("license") == "other" and not data.get("license_name"):
+        problems.append("README.md has the license 'other' and no license_name.")
     if RESULTS_KEY in data:
         problems.append("README.md is a card that was not rendered: give it with --card.")
     if STUB_SENTENCE in text:
@@ -116,3 +123,14 @@ def problems_of_card(text: str) -> list[str]:
     if unfilled := re.search(r"\{(name|TODO)[^}\n]*\}|\bTODO\b", text):
         problems.append(f"README.md has {unfilled[0]} left to be filled in.")
     return problems
+
+
+def _problems_of_bases(data: Mapping[str, Any]) -> Iterator[str]:
+    bases = data.get("base_model") or []
+    if bases and data.get("base_model_relation") not in _RELATIONS:
+        yield f"README.md does not state base_model_relation ({', '.join(_RELATIONS)})."
+    for base in [bases] if isinstance(bases, str) else bases:
+        try:
+            validate_repo_id(str(base))
+        except HFValidationError:
+            yield f"README.md names the base_model {base!r}, which is no repository: OWNER/NAME."

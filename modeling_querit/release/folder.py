@@ -23,12 +23,17 @@ _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
 _SECRETS = {
     "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
+    "a token of an organization": re.compile(r"\bapi_org_[A-Za-z0-9]{30,}"),
     "a GitHub token": re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"),
     "an API key": re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"),
     "an AWS key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
+    "a Google key": re.compile(r"\bAIza[0-9A-Za-z_-]{35}"),
+    "a GitLab token": re.compile(r"\bglpat-[\w-]{20,}"),
+    "a Slack token": re.compile(r"\bxox[abprs]-[\w-]{10,}"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
 }
-_ROOTS = "home|root|Users|Volumes|mnt|media|tmp|var|opt|srv|work|data|scratch|workspace|gpfs|lustre|content|kaggle"
+_ROOTS = "home|root|Users|Volumes|mnt|media|tmp|var|opt|srv|work|data|scratch|workspaces?|gpfs|lustre|content|kaggle"
+_ROOTS += "|fsx|nfs|storage|raid|private|app|datasets|models|dev/shm"
 _LOCAL_PATH = re.compile(rf"(?<![\w/.])((file://)?/({_ROOTS})\d*/[\w.-]+|[A-Z]:[\\/]{{1,2}}\w+)")
 
 
@@ -84,6 +89,8 @@ def _weights(folder: Path) -> Iterator[str]:
         return
     if missing := {"score.weight", "score.bias"} - tensors.keys():
         yield f"{min(missing)} is missing: the model has no head."
+    elif (rows := tensors["score.weight"].shape[0]) != 2:
+        yield f"score.weight has {rows} rows, not 2: this is an export or another model; give the folder it came from."
     elif torch.equal(*tensors["score.weight"].read(slice(0, 2))):
         yield "The head was never trained: the rows of score.weight are equal, so all scores are."
     for key, tensor in tensors.items():

@@ -40,7 +40,8 @@ Files = Mapping[str, Path | bytes]
 _REPLACED = ("*.py", "*.safetensors", "*.bin", "*.json", "*.jinja")
 # What a repository without a model may hold.
 _NO_MODEL = (".gitattributes", "README.md", "LICENSE*")
-_TAG = re.compile(r"\w[\w.+-]*")
+# What git takes for the name of a tag, and nobody for a branch.
+_TAG = re.compile(r"(?!main$)(?!.*\.\.)(?!.*\.lock$)\w[\w.+-]*(?<!\.)")
 # What makes two models different ones, rather than two versions of one.
 _ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "n_routed_experts")
 
@@ -173,6 +174,8 @@ def _check_architecture(api: HfApi, files: Files, destination: Destination) -> N
             return _check_empty(api, destination)
         config = json.loads(Path(path).read_bytes())
     # Published checkpoints name a class that transformers does not have.
+    if not isinstance(config, dict):
+        raise ValueError(f"{repo_id} has a config.json that is none: choose another --repo-id.")
     known = [each for each in config.get("architectures") or [] if hasattr(transformers, each)]
     if known:
         raise ValueError(f"{repo_id} holds a {known[0]}, which is no reranker of ours: choose another --repo-id.")
@@ -196,7 +199,8 @@ def _check_empty(api: HfApi, destination: Destination) -> None:
 
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:
-    return config.get("text_config") or config
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
 
 
 def _compare(api: HfApi, files: Files, repo_id: str, revision: str) -> None:

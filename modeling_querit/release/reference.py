@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -82,10 +83,29 @@ def check_scores(folder: Path, recorded: Mapping[str, Any]) -> list[str]:
     """Compare what a stranger gets with what is recorded; what differs, a sentence each.
 
     Raises:
-        ModuleNotFoundError, ValueError: as `scores_of_a_stranger`.
+        ModuleNotFoundError, ValueError: as `scores_of_a_stranger`; or if the record is none.
     """
+    _check_record(recorded)
     found = scores_of_a_stranger(folder, recorded["pairs"])
     return list(_differences(recorded["scores"], found))
+
+
+def _check_record(recorded: Any) -> None:
+    """Raise a ValueError unless there are pairs, each with a score."""
+    pairs, scores = (recorded.get("pairs"), recorded.get("scores")) if isinstance(recorded, Mapping) else (None, None)
+    is_whole = isinstance(pairs, list) and isinstance(scores, list) and 0 < len(pairs) == len(scores)
+    if not (is_whole and all(map(_is_pair, pairs)) and all(map(_is_score, scores))):
+        raise ValueError(
+            f"{REFERENCE_FILE} is no record of pairs and their scores: delete it, and it is written again."
+        )
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _differences(recorded: Sequence[float], found: Mapping[str, Sequence[float]]) -> list[str]:

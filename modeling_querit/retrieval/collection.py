@@ -41,8 +41,12 @@ class Collection:
         """
         folder = Path(folder)
         qrels: Qrels = {}
-        for row in _tsv(folder / "qrels" / f"{split}.tsv"):
-            qrels.setdefault(row[0], {})[row[1]] = int(row[2])
+        path = folder / "qrels" / f"{split}.tsv"
+        for number, row in enumerate(_tsv(path), start=1):
+            try:
+                qrels.setdefault(row[0], {})[row[1]] = int(row[2])
+            except (IndexError, ValueError):
+                raise ValueError(f"{path}, row {number}: a row is query, document and a whole number.") from None
         documents = {
             row["_id"]: {"title": row.get("title") or "", "text": row["text"]}
             for row in _jsonl(folder / "corpus.jsonl", ("_id", "text"))

@@ -166,12 +166,16 @@ def _stream(data_args: DataArguments, args: QueritTrainingArguments) -> Any:
 
 def _read_stream(args: DataArguments, seed: int, path: Path, losses: list[str]) -> Iterator[Row]:
     """The rows again and again, without an end: a run that goes on in a later pass skips what it has seen of all."""
+    is_empty = True
     with Rejects(path) as rejects:
         for row in stream_rows(args.train, args, seed, rejects):
             _check_labels([row], losses)
+            is_empty = False
             yield row
     if rejects.count:
         logger.warning("%d broken rows were set aside in %s.", rejects.count, rejects.path)
+    if is_empty:
+        raise ValueError(f"There are no rows in {', '.join(args.train)}.")
     while True:
         yield from stream_rows(args.train, args, seed, Rejects(None))
 

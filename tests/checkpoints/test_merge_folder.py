@@ -305,3 +305,5 @@ def test_a_merge_that_is_killed_leaves_no_folder(pair, tmp_path):
     assert all(path.name.startswith(".new-") for path in tmp_path.iterdir())
     merge_checkpoints(Recipe(pair), tmp_path / "new")
     assert (tmp_path / "new" / "merge.json").exists()
+    # What the killed one left is gone.
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

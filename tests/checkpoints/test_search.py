@@ -243,6 +243,12 @@ def test_no_judged_query(tmp_path):
         Judged.load(f"{folder}:dev", queries=50, depth=20)
 
 
+@pytest.mark.parametrize("given", [{"queries": 0}, {"queries": -1}, {"depth": 0}], ids=str)
+def test_nothing_to_rank(collection, given):
+    with pytest.raises(ValueError, match="nothing is ranked with less than 1 of each"):
+        Judged.load(str(collection), **{"queries": 2, "depth": 2} | given)
+
+
 def test_a_split_that_is_not_there(collection):
     with pytest.raises(FileNotFoundError, match=r"train\.tsv is missing"):
         Judged.load(f"{collection}:train", queries=50, depth=20)

@@ -1,5 +1,7 @@
 """Factors of merges, against float64 formulas and the code of mergekit."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,20 @@ def test_order_does_not_matter(weights, seed, random):
     random.shuffle(order)
     expected = factors_of(vectors, weights)[order]
     np.testing.assert_allclose(factors_of(vectors[order], weights[order]), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_order_does_not_matter_for_vectors_that_depend_on_each_other(seed):
+    """Biases of two numbers, three of them, in numbers that bfloat16 holds."""
+    rng = np.random.default_rng(seed)
+    vectors, weights = rng.integers(-16, 17, (3, 2)) / 8 + 1 / 64, rng.uniform(0.1, 1, 3)
+    found = [merge(vectors[list(order)], weights[list(order)]) for order in itertools.permutations(range(3))]
+    np.testing.assert_allclose(found, [found[0]] * 6, rtol=0, atol=1e-6)
+
+
+def test_large_numbers_are_no_infinite_ones():
+    chunk = [torch.full((4,), 1e20), torch.full((4,), -1e20)]
+    np.testing.assert_allclose(gram_of(chunk), [[4e40, -4e40], [-4e40, 4e40]], rtol=1e-6)
 
 
 def test_a_vector_given_twice_counts_twice():

@@ -118,6 +118,20 @@ def test_a_wrong_task_and_language(card, tmp_path):
     assert any("'English'" in problem for problem in problems)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (("base_model: .*", "base_model: /data/models/base"), "base_model"),
+        (("base_model_relation: .*", "base_model_relation: cousin"), "base_model_relation"),
+        (("license: .*", "license: other"), "license_name"),
+    ],
+)
+def test_what_the_hub_would_not_understand(card, tmp_path, change, named):
+    card.write_text(re.sub(rf"(?m)^{change[0]}$", change[1], CARD))
+    (problem,) = problems_of_card(render_card(card, "me/mine", tmp_path))
+    assert named in problem
+
+
 def test_the_stub_is_no_card():
     assert any("is the stub" in problem for problem in problems_of_card(CARD_STUB + USAGE))
 
@@ -131,7 +145,9 @@ def test_what_was_not_filled_in():
     assert any("left to be filled in" in problem for problem in problems_of_card(text))
 
 
-@pytest.mark.parametrize("text", ["", "# no front matter", "---\n- a list\n---\n", "---\na: [\n---\n"])
+@pytest.mark.parametrize(
+    "text", ["", "# no front matter", "---\n- a list\n---\n", "---\na: [\n---\n", "---\ntags: 5\n---\n"]
+)
 def test_front_matter_that_cannot_be_read(text):
     assert problems_of_card(text)
 

@@ -82,6 +82,12 @@ def test_an_untrained_head(folder):
     assert "never trained" in problem
 
 
+def test_an_export_is_no_folder_to_release(folder):
+    change_tensors(folder, score__weight=lambda tensor: tensor[:1].clone())
+    [problem] = problems_of(folder)
+    assert problem.startswith("score.weight has 1 rows, not 2: this is an export")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_none(folder, value):
     def spoil(tensor):
@@ -123,6 +129,10 @@ SECRETS = {
     "GitHub": "ghp_" + "aB3" * 12,
     "API": "sk-proj-" + "aB3" * 12,
     "AWS": "AKIA" + "A1B2" * 4,
+    "organization": "api_org_" + "aB3" * 12,
+    "Google": "AIza" + "aB3xy" * 7,
+    "GitLab": "glpat-" + "aB3" * 8,
+    "Slack": "xoxb-" + "123-" * 4,
     "private key": "-----BEGIN RSA PRIVATE KEY-----",
 }
 
@@ -149,6 +159,9 @@ def test_secrets_in_the_header_of_weights(folder):
         "/root/x",
         "/mnt2/disk1/model",
         "/opt/x",
+        "/fsx/me/model",
+        "/dev/shm/x",
+        "/workspaces/x/y",
         "file:///home/user/x",
         "at:/srv/x",
         "D:/models",

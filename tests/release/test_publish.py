@@ -138,6 +138,10 @@ def test_a_tag_on_the_head_is_not_moved_and_told_before_anything_is_sent(hub, fi
     [
         ({"tag": "v 1"}, "is no name of a tag"),
         ({"tag": ""}, "is no name of a tag"),
+        ({"tag": "main"}, "is no name of a tag"),
+        ({"tag": "v1..2"}, "is no name of a tag"),
+        ({"tag": "v1.lock"}, "is no name of a tag"),
+        ({"tag": "v1."}, "is no name of a tag"),
         ({"tag": "v1", "pr": True}, "once it is merged"),
         ({"repo_id": "reranker"}, "give OWNER/NAME"),
     ],

@@ -215,6 +215,33 @@ def test_models_are_merged_by_their_names_on_the_hub(hub, online, recorded, tmp_
     card = ModelCard.load(tmp_path / "merged" / "README.md")
     assert card.data.base_model == ["someone/parent"]
     assert "- `someone/parent@v1`" in card.text
+    # The record names the commit that was merged: the branch has moved on, and has no weights any more.
+    record = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    record["recipe"]["models"] = ["someone/parent", str(recorded)]
+    (tmp_path / "merge.json").write_text(json.dumps(record))
+    again = [*command[:4], "--recipe", str(tmp_path / "merge.json"), "-o", str(tmp_path / "again")]
+    done = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "merged" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [],
+        {"scores": [1.0]},
+        {"pairs": [], "scores": []},
+        {"pairs": [["a", "b"], ["a", "c"]], "scores": [0.5]},
+        {"pairs": [["a", "b"]], "scores": ["high"]},
+        {"pairs": ["ab"], "scores": [0.5]},
+    ],
+    ids=str,
+)
+def test_what_is_no_record_of_scores(tmp_path, record):
+    with pytest.raises(ValueError, match=r"reference_scores.json is no record of pairs and their scores: delete it"):
+        check_scores(tmp_path, record)
 
 
 def test_a_revision_that_a_repository_does_not_have(hub, online, monkeypatch, tmp_path):

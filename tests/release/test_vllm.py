@@ -25,14 +25,18 @@ ROOT = Path(__file__).parents[2]
 CARD = ROOT / "hub_cards" / "adapted.md"
 PYTHON = os.environ.get("QUERIT_VLLM")
 # Sizes that vLLM's kernels have.
-SIZES = {"hidden_size": 64, "head_dim": 32}
+SIZES = {
+    "qwen3": {"hidden_size": 64, "head_dim": 32},
+    "gemma3_text": {"hidden_size": 64, "head_dim": 32},
+    "deepseek_v3": {"hidden_size": 64},
+}
 
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="QUERIT_VLLM names no Python that has vLLM")
 
 
-@pytest.fixture(scope="module")
-def model(processor):
-    return tiny.make_model("qwen3", processor, **SIZES)
+@pytest.fixture(scope="module", params=SIZES)
+def model(processor, request):
+    return tiny.make_model(request.param, processor, **SIZES[request.param])
 
 
 @pytest.fixture(scope="module")
