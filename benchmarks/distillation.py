@@ -2,7 +2,7 @@
 
 The queries of a judged collection are split. On one part, teachers score a first stage's candidates, and the student is
 trained on these scores alone; on the other, both rank the candidates of queries that the student has not seen, and the
-judgements tell how well. Nothing is judged before that.
+judgements tell how well. Some of these are ranked after each epoch, too, for the curve; nothing is chosen by it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from modeling_querit.training.sources import sample_documents
 
 BM25_NAME = "bm25"
 _DOCUMENTS_AT_ONCE = 64
+# Held-out queries that are ranked after each epoch.
+_CURVE = 24
 
 
 def make_teachers(args: argparse.Namespace, documents: Mapping[str, Document]) -> dict[str, Teacher]:
@@ -50,6 +52,17 @@ def reranker(name: str | Path, args: argparse.Namespace) -> CrossEncoderTeacher:
 def drawn(rows: Sequence[Row], bands: Bands, seed: int) -> list[Row]:
     """The rows with some of their documents."""
     return [sample_documents(row, bands, random.Random(f"{seed}/{row['source']}")) for row in rows]
+
+
+def labelled(row: Row, grades: Mapping[str, int], documents: Sequence[str]) -> Row:
+    """The row with judgements in the place of scores."""
+    best = max(grades.values())
+    return {
+        "query": row["query"],
+        "documents": row["documents"],
+        "labels": [grades.get(document, 0) / best for document in documents],
+        "source": row["source"],
+    }
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -96,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
 
     taught = [rows[query] for query in queries[len(held_out) :]]
+    curve = [labelled(rows[query], collection.qrels[query], candidates[query]) for query in held_out[:_CURVE]]
+    write_jsonl(curve, args.output_dir / "held_out.jsonl")
     third = args.documents // 3
     bands = Bands(top=args.documents - 2 * third, middle=third, random=third, top_depth=5, depth=12)
     write_jsonl(drawn(taught, bands, args.seed), args.output_dir / "taught.jsonl")
@@ -103,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = ["--model", args.student, "--train", str(args.output_dir / "taught.jsonl")]
     settings += ["--teacher_weights", json.dumps(weights), "--max_length", str(args.max_length)]
     settings += ["--output_dir", str(args.output_dir), "--seed", str(args.seed), "--resume", "True"]
+    settings += ["--validation", str(args.output_dir / "held_out.jsonl"), "--eval_strategy", "epoch"]
+    settings += ["--per_device_eval_batch_size", "2"]
     train([*settings, *args.settings])
 
     calibrated = Teachers.load(args.output_dir / "teachers.json")
