@@ -127,16 +127,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := sorted(set(args.collections) - COLLECTIONS.keys()):
         sys.exit(f"{unknown[0]} is no collection of this benchmark: choose from {', '.join(COLLECTIONS)}.")
     recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8")) | {"output_dir": None}
-    known = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
-    # Figures of another recipe do not stand beside these.
-    rows: list[dict[str, Any]] = known["rows"] if known.get("recipe") == recipe else []
+    rows: list[dict[str, Any]] = []
     for name in args.collections or COLLECTIONS:
         print(f"{name}:", file=sys.stderr)
         found = measured(name, args)
-        measured_now = {row["collection"] for row in found}
-        rows = [*(row for row in rows if row["collection"] not in measured_now), *found]
+        rows = merged(args.json, recipe, found)
         write_json({"rows": rows, "recipe": recipe, **environment()}, args.json)
     print_rows(rows, [*COLUMNS, *(ABLATIONS if args.ablation else ())])
+
+
+def merged(file: Path, recipe: Mapping[str, Any], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a file of figures, with those found now in place of older ones; figures of another recipe go."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    rows = known["rows"] if known.get("recipe") == recipe else []
+    measured_now = {row["collection"] for row in found}
+    return [*(row for row in rows if row["collection"] not in measured_now), *found]
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
