@@ -232,6 +232,15 @@ def test_streaming(saved_folder, rows, tmp_path):
         main([*common, *QUICK[2:], "--output_dir", str(tmp_path / "other")])
 
 
+@pytest.mark.parametrize("text", ["", "no row\n"], ids=["empty", "broken"])
+def test_a_stream_without_rows_ends(saved_folder, tmp_path, text):
+    pytest.importorskip("datasets")
+    (tmp_path / "rows.jsonl").write_text(text)
+    given = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "o")]
+    with pytest.raises(ValueError, match="There are no rows in"):
+        main([*given, "--streaming", "True", *QUICK])
+
+
 def test_documents_of_rows_are_drawn_by_bands(saved_folder, tmp_path):
     row = {"query": "a", "documents": [f"d{n}" for n in range(20)], "labels": [0] * 10 + [1] + [0] * 9}
     write_jsonl([row], tmp_path / "rows.jsonl")
