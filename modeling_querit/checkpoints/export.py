@@ -12,7 +12,10 @@ from typing import Any
 import torch
 import transformers
 from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from ..configuration_querit import ACTIVATION
 from ..folder_querit import SENTENCE_TRANSFORMERS_FILES
@@ -91,8 +94,12 @@ def _config_of(parent: Parent, architecture: str, dtype: str) -> dict[str, Any]:
     if pad_token_id == processor.cls_token_id:
         # Any other will do: padding is on the left, and no text ends in it.
         pad_token_id = int(processor.cls_token_id == 0)
-    return parent.model.config.text_config.to_dict() | {
-        "architectures": [architecture],
+    # vLLM makes its classifier of the causal LM of that name, transformers goes by the model type: for Gemma 3's text
+    # model, vLLM has a Gemma3ForCausalLM and no Gemma3TextForCausalLM.
+    text_config = parent.model.config.text_config
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text_config.model_type, architecture)
+    return text_config.to_dict() | {
+        "architectures": [causal.replace("ForCausalLM", "ForSequenceClassification")],
         "dtype": dtype.removeprefix("torch."),
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
