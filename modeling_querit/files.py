@@ -58,7 +58,20 @@ def write_json(value: Any, path: str | os.PathLike) -> None:
 def write_jsonl(rows: Iterable[Any], path: str | os.PathLike) -> None:
     """Write values as JSON, one a line."""
     with replacing(path) as aside, aside.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines.writelines(map(_line, rows))
+
+
+def jsonl_sha256(rows: Iterable[Any]) -> str:
+    """Of the file that `write_jsonl` makes of rows, in hexadecimal."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_line(row).encode("utf-8"))
+    return digest.hexdigest()
+
+
+def _line(row: Any) -> str:
+    # Tables have columns, such as times, that JSON has no value for.
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
 def sha256(path: str | os.PathLike) -> str:

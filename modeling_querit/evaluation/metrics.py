@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytrec_eval
 
 if TYPE_CHECKING:
@@ -69,18 +70,21 @@ def ranking_metrics(predictions: EvalPrediction) -> dict[str, float]:
 
     Args:
         predictions: Scores and labels, (queries, documents) each, filled up with -100. Labels may be continuous: they
-            are taken to four decimals. A document with label NaN is not judged, so not relevant. Of documents with
-            equal scores the least relevant comes first: a model that tells nothing apart is worth nothing.
+            are taken to four decimals, or, with any above 100, to 1e-6 of the highest. A document with label NaN is not
+            judged, so not relevant. Of documents with equal scores the least relevant comes first: a model that tells
+            nothing apart is worth nothing.
 
     Returns:
         `ndcg_at_10` and `mrr_at_10` in [0, 1]; neither, where no query has a label above 0.
     """
     qrels, rankings = {}, {}
+    # trec_eval keeps a place for every grade up to the highest.
+    scale = min(10_000, 1_000_000 / max(float(np.nanmax(predictions.label_ids, initial=0)), 1e-9))
     for number, (scores, labels) in enumerate(zip(predictions.predictions, predictions.label_ids, strict=True)):
         # A score is in [-1, 1]: what is below fills up.
         documents = [str(place) for place in range(len(scores)) if scores[place] > -2]
         # trec_eval knows whole grades; their unit does not matter to either measure.
-        grades = {each: round(float(labels[int(each)]) * 10_000) for each in documents if labels[int(each)] > 0}
+        grades = {each: round(float(labels[int(each)]) * scale) for each in documents if labels[int(each)] > 0}
         qrels[str(number)] = grades
         rankings[str(number)] = sorted(documents, key=lambda each: (-scores[int(each)], grades.get(each, 0)))
     found = {"ndcg_at_10": ndcg(qrels, rankings), "mrr_at_10": mrr(qrels, rankings)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -81,7 +81,7 @@ def _open(path: Path) -> TextIO:
 
 def _jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     with _open(path) as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in _numbered(path, lines):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
@@ -89,12 +89,24 @@ def _jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
             missing = [key for key in keys if not isinstance(row, dict) or key not in row]
             if missing:
                 raise ValueError(f"{path}, line {number}: no {missing[0]!r}.")
+            for key in ("text", "title"):
+                if not isinstance(row.get(key) or "", str) or (key == "text" and row[key] is None):
+                    raise ValueError(f"{path}, line {number}: the {key} is {row[key]!r}, not a string.")
             yield row
+
+
+def _numbered(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        for number, line in enumerate(lines, start=1):
+            yield number, line
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, after line {number}: {error}; save it as UTF-8.") from None
 
 
 def _tsv(path: Path) -> Iterator[list[str]]:
     with _open(path) as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in _numbered(path, lines):
             row = line.rstrip("\n").split("\t")
             if number == 1 and row[0] in ("query-id", "query_id", "qid"):
                 continue

@@ -63,6 +63,9 @@ class Calibration:
             return cls(method)
         points = np.quantile(known, shares)
         if method == "quantile":
+            if points[0] == points[-1]:
+                # A score that few documents have may be all that tells them apart.
+                points = np.array([known.min(), known.max()])
             return cls(method, tuple(points.tolist()), (0.0, 1.0))
         # Scores that many share stand for the middle of their ranks.
         levels = np.unique(points)
@@ -126,7 +129,7 @@ class Teachers:
             if name not in by_teacher:
                 known = ", ".join(sorted(by_teacher)) or "none"
                 raise ValueError(f"No row has scores of teacher {name!r}; there are: {known}.")
-            if isinstance(weight, str) or not (math.isfinite(weight) and weight > 0):
+            if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
                 raise ValueError(f"The weight of teacher {name!r} is {weight}: it has to be above 0.")
         if not isinstance(methods, str) and (unknown := sorted(methods.keys() - weights.keys())):
             raise ValueError(f"calibration names {unknown[0]!r}, which is none of the teachers: {', '.join(weights)}.")

@@ -48,7 +48,7 @@ class RankingCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """One batch of all pairs of the rows."""
-        labels = [label for row in rows for label in self.labels_of(row)]
+        labels = [label for row in rows for label in self._checked_labels(row)]
         query_ids = [index for index, row in enumerate(rows) for _ in row["documents"]]
         queries = [rows[index]["query"] for index in query_ids]
         documents = [document for row in rows for document in row["documents"]]
@@ -59,6 +59,12 @@ class RankingCollator:
             "labels": torch.tensor(labels, dtype=torch.float32),
             "query_ids": torch.tensor(query_ids),
         }
+
+    def _checked_labels(self, row: Row) -> Sequence[float]:
+        labels = self.labels_of(row)
+        if len(labels) != len(row["documents"]):
+            raise ValueError(f"{len(row['documents'])} documents and {len(labels)} labels: query {row['query']!r}.")
+        return labels
 
     def labels_of(self, row: Row) -> Sequence[float]:
         """The labels of a row's documents."""

@@ -72,9 +72,10 @@ class QueritDistillationTrainer(QueritTrainer):
         **kwargs: Any,
     ):
         self.teachers = teachers or Teachers.fit(_scores_of(train_dataset), teacher_weights, calibration)
-        base = self.make_collator(model, args)
-        collator = DistillationCollator(self.teachers, base.processor, base.max_length, base.packing)
-        super().__init__(model, args, collator, train_dataset=train_dataset, **kwargs)
+        if kwargs.get("data_collator") is None:
+            base = self.make_collator(model, args)
+            kwargs["data_collator"] = DistillationCollator(self.teachers, base.processor, base.max_length, base.packing)
+        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`, beside the teachers' calibrations."""

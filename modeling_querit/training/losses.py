@@ -164,6 +164,8 @@ def choose_losses(names: Sequence[str], **settings: float | None) -> dict[str, L
     """
     if not names:
         raise ValueError(f"There is no loss: choose from {', '.join(LOSSES)}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"losses are {', '.join(names)}: name each once, and weigh it by loss_weights.")
     chosen = {}
     for name in names:
         key, _, output = name.partition(":")

@@ -71,6 +71,8 @@ def read_rows(path: str | os.PathLike, rejects: Rejects | None = None) -> Iterat
     read = _parquet if str(path).endswith(".parquet") else _jsonl
     for where, row in read(Path(path)):
         try:
+            if isinstance(row, UnicodeDecodeError):
+                raise ValueError(f"{where}: {row}")
             if isinstance(row, bytes):
                 row = _parsed(row, where)
             check_row(row, where)
@@ -100,15 +102,19 @@ def _parsed(line: bytes, where: str) -> Any:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _parquet(path: Path) -> Iterator[tuple[str, Row | UnicodeDecodeError]]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            rows = (batch.slice(place, 1) for batch in file.iter_batches() for place in range(len(batch)))
             for number, row in enumerate(rows, start=1):
-                yield f"{path}, row {number}", row
+                try:
+                    (found,) = row.to_pylist()
+                except UnicodeDecodeError as error:
+                    found = error
+                yield f"{path}, row {number}", found
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -18,20 +18,21 @@ from .settings import changed_settings
 RECORD_FILE = "train.json"
 # What may differ between a run and its continuation: where it is, how it looks, when it stops.
 FREE = {
-    *("output_dir", "resume", "resume_from_checkpoint", "validation", "early_stopping_patience", "stop_on_collapse"),
+    *("output_dir", "resume", "resume_from_checkpoint", "validation", "stop_on_collapse"),
     *("report_to", "logging_steps", "disable_tqdm", "dataloader_num_workers"),
     *("max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit"),
     *("do_eval", "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size", "validation_depth"),
-    *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
+    "load_best_model_at_end",
     *("logging_strategy", "logging_first_step", "logging_dir", "run_name", "use_cpu", "push_to_hub", "hub_model_id"),
 }
 
 
-def make_record(settings: Sequence[Any], files: Iterable[Path]) -> dict[str, Any]:
+def make_record(settings: Sequence[Any], files: Iterable[Path], processes: int) -> dict[str, Any]:
     """Settings that are not defaults, all settings as resolved, versions, git revision, hashes of the data."""
     return {
         "settings": {name: value for part in settings for name, value in changed_settings(part).items()},
         "resolved": {type(part).__name__: _resolved(part) for part in settings},
+        "processes": processes,
         **environment(),
         "sha256": {str(path): sha256(path) for path in files},
     }
@@ -50,6 +51,10 @@ def check_same_run(record: dict[str, Any], output_dir: Path) -> None:
                 f"{output_dir} was begun with {name} {before['settings'].get(name)!r}, not "
                 f"{now['settings'].get(name)!r}: a run goes on as it began. Give the same, or another output_dir."
             )
+    if before.get("processes", now["processes"]) != now["processes"]:
+        raise ValueError(
+            f"{output_dir} was begun by {before['processes']} processes, not {now['processes']}: batches would differ."
+        )
     changed = [name for name, digest in before["sha256"].items() if now["sha256"].get(name, digest) != digest]
     if changed:
         raise ValueError(f"{changed[0]} has changed since the run in {output_dir} began: it cannot go on from there.")

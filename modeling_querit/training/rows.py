@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import json
 from numbers import Real
 from typing import Any
 
 Row = dict[str, Any]
+_MAX = 3.4e38
 
 
 def check_row(row: Any, where: str) -> None:
     """Raise a ValueError that says what is wrong with a row, and where it stands."""
     missing = [key for key in ("query", "documents") if not isinstance(row, dict) or row.get(key) is None]
-    if not missing and row.get("labels") is None and not _has_scores(row):
+    if not missing and row.get("labels") is None and not has_scores(row):
         missing = ["labels"]
     if missing:
         raise ValueError(f"{where}: no {missing[0]!r}; a row has query, documents, and labels or scores.")
@@ -21,6 +22,8 @@ def check_row(row: Any, where: str) -> None:
     if not isinstance(row.get("instruction"), str | None):
         raise ValueError(f"{where}: the instruction is {row['instruction']!r}, not a string.")
     _check_text(row["query"], f"{where}: the query")
+    others = {key: value for key, value in row.items() if key not in ("query", "documents")}
+    _check_text(json.dumps(others, ensure_ascii=False, default=str), f"{where}: a field")
     documents = row["documents"]
     if not isinstance(documents, list) or not documents:
         raise ValueError(f"{where}: documents is a list, of at least one.")
@@ -45,7 +48,8 @@ def check_row(row: Any, where: str) -> None:
             _check_numbers(values, len(documents), f"{where}: scores of {teacher!r}", "score", known)
 
 
-def _has_scores(row: Row) -> bool:
+def has_scores(row: Row) -> bool:
+    """Whether a teacher scored the documents of a row."""
     scores = row.get("scores")
     # What is no mapping is told below.
     return any(each is not None for each in scores.values()) if isinstance(scores, dict) else scores is not None
@@ -72,6 +76,7 @@ def _check_numbers(values: Any, count: int, where: str, kind: str, known: Any = 
 
 def _is_finite(value: Real) -> bool:
     try:
-        return math.isfinite(value)
+        # As float32, in which a run has them.
+        return abs(value) <= _MAX
     except OverflowError:
         return False

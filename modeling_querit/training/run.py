@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from ..checkpoints.loading import load_for_training
-from ..files import sha256, write_json, write_jsonl
+from ..files import jsonl_sha256, write_json, write_jsonl
 from ..modeling_querit import QueritForSequenceRanking
 from .arguments import QueritTrainingArguments
+from .checks import check_differences, check_health, check_labels, check_metric, check_settings
 from .dataset import RankingDataset
 from .distillation import QueritDistillationTrainer
 from .experts import ExpertLoadCallback, expert_layers, freeze
@@ -28,9 +29,9 @@ from .health import HealthCallback
 from .plots import PlotCallback
 from .reading import Rejects, read_rows
 from .record import RECORD_FILE, check_same_run, make_record, newest_checkpoint
-from .rows import Row
+from .rows import Row, has_scores
 from .settings import DataArguments, ModelArguments, RunArguments, Settings, parse
-from .sources import files_of, is_collection, stream_rows, training_rows, validation_rows
+from .sources import files_of, stream_rows, training_rows, validation_rows
 from .trainer import QueritTrainer
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,13 @@ ROWS_FILE = "train_rows.jsonl"
 REJECTS_FILE = "rejects.jsonl"
 # Of a stream, which is read again and again; the other holds what was wrong with the validation rows.
 STREAM_REJECTS_FILE = "rejects_of_stream.jsonl"
-_METRICS = ("loss", "ndcg_at_10", "mrr_at_10")
 # Queries of a stream that are shuffled among each other.
 _SHUFFLE_BUFFER = 1000
-_LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Those of mixtures' attention among them; routed experts and routers keep what they have.
+_LINEAR_LAYERS = [
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,10 +65,11 @@ def train(
     `train_rows.jsonl`, those that were broken, `rejects.jsonl`, `teachers.json` of a distillation, `training.png`.
     """
     settings: Settings = (model_args, data_args, run_args, args)
-    _check(model_args, data_args, run_args, args)
+    check_settings(model_args, data_args, run_args, args)
     set_seed(args.seed)
     output_dir = Path(args.output_dir)
-    with args.main_process_first(desc="reading rows"):
+    # The first process of all, not of each machine: the others read what it wrote, in a folder that they share.
+    with args.main_process_first(local=False, desc="reading rows"):
         rows, validation = _prepare(settings, output_dir, is_main=args.process_index == 0)
     model = load_for_training(model_args.model)
     processor = model.processor
@@ -72,40 +77,9 @@ def train(
     checkpoint = newest_checkpoint(output_dir) if run_args.resume else args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_state()
+    check_health(trainer)
     _save(trainer, processor, model_args, output_dir)
     return trainer
-
-
-def _check(
-    model_args: ModelArguments, data_args: DataArguments, run_args: RunArguments, args: QueritTrainingArguments
-) -> None:
-    """Raise for settings that cannot be meant, before anything is loaded or written."""
-    if not data_args.train:
-        raise ValueError("There is nothing to train on: name files or folders with --train.")
-    if data_args.streaming and (args.max_steps <= 0 or any(map(is_collection, data_args.train))):
-        raise ValueError(
-            "streaming needs --max_steps, and files of rows or datasets: a BEIR folder is mined as a whole."
-        )
-    _check_validation(data_args, run_args, args)
-    if model_args.freeze not in (None, "router", "experts"):
-        raise ValueError(f"freeze is {model_args.freeze!r}: choose router or experts.")
-    if model_args.bias_update_rate and model_args.lora_rank:
-        raise ValueError(
-            "bias_update_rate moves biases that an adapter does not hold: train all weights (lora_rank 0)."
-        )
-
-
-def _check_validation(data_args: DataArguments, run_args: RunArguments, args: QueritTrainingArguments) -> None:
-    is_validated = bool(data_args.validation) and args.eval_strategy != "no"
-    if data_args.validation and not is_validated:
-        raise ValueError("validation is given, but nothing says when: add --eval_strategy steps or epoch.")
-    if run_args.early_stopping_patience is not None and not (is_validated and args.metric_for_best_model):
-        raise ValueError(
-            "early_stopping_patience needs --validation, --eval_strategy and --metric_for_best_model ndcg_at_10."
-        )
-    metric = args.metric_for_best_model
-    if is_validated and metric is not None and not metric.endswith(_METRICS):
-        raise ValueError(f"metric_for_best_model is {metric!r}: choose {', '.join(_METRICS)}, or NAME_ before it.")
 
 
 def _prepare(settings: Settings, output_dir: Path, is_main: bool) -> tuple[Any, dict[str, list[Row]]]:
@@ -118,10 +92,12 @@ def _prepare(settings: Settings, output_dir: Path, is_main: bool) -> tuple[Any, 
         validation = validation_rows(data_args, args.seed, rejects)
         if empty := [name for name, each in validation.items() if not each]:
             raise ValueError(f"There are no rows to validate on in {empty[0]}.")
+        if validation and args.metric_for_best_model is not None:
+            check_metric(args.metric_for_best_model, validation)
         if data_args.streaming:
             rows = _stream(data_args, args)
         elif is_main:
-            rows = _of_one_kind(training_rows(data_args, args.seed, rejects), rejects)
+            rows = list(_of_one_kind(training_rows(data_args, args.seed, rejects), rejects))
         else:
             rows = list(read_rows(output_dir / ROWS_FILE))
     if not is_main:
@@ -132,23 +108,29 @@ def _prepare(settings: Settings, output_dir: Path, is_main: bool) -> tuple[Any, 
     if not data_args.streaming:
         if not rows:
             raise ValueError(f"There are no rows in {', '.join(data_args.train)}.")
-        _check_labels(rows, args.losses)
+        check_labels(rows, args.losses)
+        check_differences(rows, args.losses)
+        if rows[0].get("labels") is not None and (data_args.teacher_weights or data_args.calibration != "quantile"):
+            raise ValueError("teacher_weights and calibration are for rows of scores, but the first row has labels.")
     if (rows and not data_args.streaming and rows[0].get("labels") is not None) and any(
         row.get("labels") is None for each in validation.values() for row in each
     ):
         raise ValueError("A run on labels is validated on labels, but there are validation rows with scores alone.")
     # Nothing is written before everything that can be wrong has been read.
     sources = [*data_args.train, *data_args.validation]
-    record = make_record(settings, [path for source in sources for path in files_of(source)])
+    record = make_record(settings, [path for source in sources for path in files_of(source)], args.world_size)
+    if not data_args.streaming:
+        record["sha256"][ROWS_FILE] = jsonl_sha256(rows)
     if newest_checkpoint(output_dir) is not None:
         if not run_args.resume and not args.resume_from_checkpoint:
             raise ValueError(
                 f"{output_dir} holds checkpoints of a run: go on with --resume, or name another output_dir."
             )
         check_same_run(record, output_dir)
+    elif (output_dir / "model").exists() and not run_args.resume:
+        raise ValueError(f"{output_dir / 'model'} is there: name another output_dir, or remove it first.")
     if not data_args.streaming:
         write_jsonl(rows, output_dir / ROWS_FILE)
-        record["sha256"][ROWS_FILE] = sha256(output_dir / ROWS_FILE)
         logger.info("Training on %d queries with %d documents.", len(rows), sum(len(row["documents"]) for row in rows))
     write_json(record, output_dir / RECORD_FILE)
     return rows, validation
@@ -168,16 +150,18 @@ def _read_stream(args: DataArguments, seed: int, path: Path, losses: list[str]) 
     """The rows again and again, without an end: a run that goes on in a later pass skips what it has seen of all."""
     is_empty = True
     with Rejects(path) as rejects:
-        for row in stream_rows(args.train, args, seed, rejects):
-            _check_labels([row], losses)
+        for row in _of_one_kind(stream_rows(args.train, args, seed, rejects), rejects):
+            check_labels([row], losses)
             is_empty = False
             yield row
-    if rejects.count:
+    if path.name != STREAM_REJECTS_FILE:
+        path.unlink(missing_ok=True)
+    elif rejects.count:
         logger.warning("%d broken rows were set aside in %s.", rejects.count, rejects.path)
     if is_empty:
         raise ValueError(f"There are no rows in {', '.join(args.train)}.")
     while True:
-        yield from stream_rows(args.train, args, seed, Rejects(None))
+        yield from _of_one_kind(stream_rows(args.train, args, seed, Rejects(None)), Rejects(None))
 
 
 def _make_trainer(
@@ -285,20 +269,13 @@ def _with_lora(model: QueritForSequenceRanking, args: ModelArguments) -> torch.n
     return adapted
 
 
-def _of_one_kind(rows: list[Row], rejects: Rejects) -> list[Row]:
+def _of_one_kind(rows: Iterable[Row], rejects: Rejects) -> Iterator[Row]:
     """Rows with labels, or, if the first one has none, rows with scores; the others are set aside."""
-    kind = "labels" if rows and rows[0].get("labels") is not None else "scores"
-    for row in rows:
-        if row.get(kind) is None:
-            rejects.add(ValueError(f"No {kind!r}, which the first row has: a run learns from one of both."), row)
-    return [row for row in rows if row.get(kind) is not None]
-
-
-def _check_labels(rows: Sequence[Row], losses: Sequence[str]) -> None:
-    """Labels a loss has no meaning for would train towards NaN, or without bound."""
-    labels = [label for row in rows for label in row.get("labels") or []]
-    if any(name.startswith("pointwise_bce") for name in losses) and labels and not 0 <= min(labels) <= max(labels) <= 1:
-        raise ValueError(
-            f"pointwise_bce needs labels in [0, 1], but they go from {min(labels)} to {max(labels)}: "
-            "divide grades by the highest."
-        )
+    kind = None
+    for number, row in enumerate(rows, start=1):
+        kind = kind or ("scores" if row.get("labels") is None else "labels")
+        if row.get("labels") is not None if kind == "labels" else has_scores(row):
+            yield row
+        else:
+            message = f"Row {number} of those to train on: no {kind!r}, which the first row has; a run learns from one."
+            rejects.add(ValueError(message), row)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..engine_querit import can_pack
 from ..evaluation.metrics import ranking_metrics
@@ -63,6 +65,8 @@ class QueritTrainer(Trainer):
         self.loss_weights = args.loss_weights or [1.0] * len(self.losses)
         # Sums since the last log: spreads, queries, saturated scores, scores, then each loss.
         self._sums: Tensor | None = None
+        # Of the collection that is validated: what its queries add to each loss.
+        self._validated: list[Tensor] = []
         self._summed_from = 0
 
     @staticmethod
@@ -115,7 +119,7 @@ class QueritTrainer(Trainer):
         inputs = dict(inputs)
         labels, query_ids = inputs.pop("labels"), inputs.pop("query_ids")
         outputs = model(**inputs)
-        values = {"score": outputs.score.squeeze(-1), "logit": outputs.logits[:, 1] - outputs.logits[:, 0]}
+        values = _values_of(outputs)
         items = self._count(labels, query_ids) if num_items_in_batch is None else num_items_in_batch
         losses = torch.stack(
             [
@@ -181,10 +185,34 @@ class QueritTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            shares = self._shares(_values_of(outputs), inputs["labels"], inputs["query_ids"])
+            self._validated.append(self.gather_function(shares).cpu())
         if prediction_loss_only:
             return loss, None, None
         of_query = inputs["query_ids"]
         return loss, _by_query(outputs.score.squeeze(-1), of_query), _by_query(inputs["labels"], of_query)
+
+    def _shares(self, values: dict[str, Tensor], labels: Tensor, query_ids: Tensor) -> Tensor:
+        """(queries, 2, losses), float64: of each query, the sum of each loss, and its items."""
+        shares = []
+        for query_id in query_ids.unique():
+            mine = query_ids == query_id
+            of_query = labels[mine], query_ids[mine]
+            sums = [
+                loss.function(values[loss.output][mine], *of_query, reduction="sum") for loss in self.losses.values()
+            ]
+            shares.append(torch.stack([torch.stack(sums).double(), self._count(*of_query).double()]))
+        return torch.stack(shares)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As in `Trainer`; the loss is a mean over the collection's items, whatever the batches are."""
+        self._validated = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._validated:
+            sums, items = torch.cat(self._validated).sum(0)
+            losses = sums / items.clamp(min=1)
+            output.metrics[f"{metric_key_prefix}_loss"] = float(losses @ losses.new_tensor(self.loss_weights))
+        return output
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `Trainer`; of several collections, their mean too."""
@@ -204,6 +232,8 @@ class QueritTrainer(Trainer):
         return metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if not Path(resume_from_checkpoint).is_dir():
+            raise FileNotFoundError(f"There is no checkpoint {resume_from_checkpoint}: it was moved or removed.")
         model = self.model if model is None else model
         if isinstance(model, QueritForSequenceRanking) and not self.is_fsdp_enabled:
             # The parent's load_state_dict(strict=False) passes over the experts of a mixture in silence: on disk
@@ -243,6 +273,11 @@ class LengthSampler(LengthGroupedSampler):
 def _unwrapped(model: torch.nn.Module) -> QueritForSequenceRanking:
     """The reranker within a peft model; any other as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _values_of(outputs: Any) -> dict[str, Tensor]:
+    """(pairs,) each: what losses act on."""
+    return {"score": outputs.score.squeeze(-1), "logit": outputs.logits[:, 1] - outputs.logits[:, 0]}
 
 
 def _by_query(values: Tensor, query_ids: Tensor) -> Tensor:

@@ -302,7 +302,7 @@ def test_rows_of_another_kind_are_set_aside(saved_folder, tmp_path):
     given = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.jsonl")]
     main([*given, "--output_dir", str(tmp_path / "out"), *QUICK])
     assert len(list(read_rows(tmp_path / "out" / "train_rows.jsonl"))) == 2
-    assert "No 'labels', which the first row has" in (tmp_path / "out" / "rejects.jsonl").read_text()
+    assert "Row 2 of those to train on: no 'labels', which the first row has" in (tmp_path / "out" / "rejects.jsonl").read_text()
 
 
 def test_yaml_says_no(saved_folder, rows, tmp_path):
