@@ -73,3 +73,12 @@ def test_a_model_that_tells_nothing_apart_is_worth_nothing():
     labels = np.array([[1.0] + [0.0] * 10])
     found = ranking_metrics(EvalPrediction(np.zeros((1, 11)), labels))
     assert found == {"ndcg_at_10": 0, "mrr_at_10": 0}
+
+
+def test_labels_may_be_counts():
+    """trec_eval keeps a place for every grade: one of 1e9 may not take the memory of that many."""
+    labels = np.array([[3e9, 1e9, 0.0]])
+    scores = np.array([[0.1, 0.2, 0.3]])
+    found = ranking_metrics(EvalPrediction(scores, labels))
+    expected = (1 / np.log2(3) + 3 / np.log2(4)) / (3 + 1 / np.log2(3))
+    assert found["ndcg_at_10"] == pytest.approx(expected, abs=1e-6)

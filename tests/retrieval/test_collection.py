@@ -53,3 +53,20 @@ def test_a_judgement_without_columns_is_named(folder):
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1 d1 1\n")
     with pytest.raises(ValueError, match=r"test\.tsv, line 2"):
         Collection.load(folder, "test")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"_id": "d9", "text": null}', "corpus.jsonl, line 1: the text is None"),
+        (b'{"_id": "d9", "text": "x", "title": 7}', "corpus.jsonl, line 1: the title is 7"),
+        ('{"_id": "d9", "text": "Käse"}'.encode("latin-1"), "corpus.jsonl, after line 0: .*save it as UTF-8"),
+    ],
+    ids=["null", "number", "latin-1"],
+)
+def test_a_text_that_is_none_is_named(folder, line, message):
+    for path in folder.glob("corpus.jsonl*"):
+        path.unlink()
+    (folder / "corpus.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match=message):
+        Collection.load(folder, "test")

@@ -75,3 +75,9 @@ def test_a_label_is_the_weighted_mean_of_the_teachers_that_were_asked(tmp_path):
 def test_weights_that_mean_nothing_are_refused(weights):
     with pytest.raises(ValueError, match="teacher"):
         Teachers.fit([{"a": [0.0, 1.0]}], weights)
+
+
+def test_one_score_in_many_still_counts():
+    """The first and the last percentile are equal, and all that tells documents apart is outside of them."""
+    scores = [1.0] + [0.0] * 100
+    assert Calibration.fit(scores).apply(scores).tolist() == scores

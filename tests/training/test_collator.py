@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from modeling_querit.training.collator import RankingCollator
@@ -22,3 +23,12 @@ def test_the_collator_cuts_at_its_own_length(processor):
     shortest = len(processor.encode(["who wrote it"], [""])[0].input_ids)
     rows = [{"query": "who wrote it", "documents": ["book " * 500], "labels": [1]}]
     assert RankingCollator(processor, max_length=shortest + 5)(rows)["input_ids"].shape[1] == shortest + 5
+
+
+def test_labels_of_other_documents_are_refused(processor):
+    rows = [
+        {"query": "a", "documents": ["x", "y"], "labels": [1]},
+        {"query": "b", "documents": ["u"], "labels": [0, 1]},
+    ]
+    with pytest.raises(ValueError, match="2 documents and 1 labels: query 'a'"):
+        RankingCollator(processor)(rows)

@@ -59,3 +59,16 @@ def test_a_file_that_is_cut_off_is_named(tmp_path):
     path.write_bytes(gzip.compress(json.dumps(ROWS[0]).encode() * 1000)[:-20])
     with pytest.raises(ValueError, match=r"rows\.jsonl\.gz is cut off after line 0, or no gzip file"):
         list(read_rows(path))
+
+
+def test_a_row_of_a_table_that_is_no_text_is_set_aside(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"good", b"ba\xff"]).buffers())
+    documents, labels = pyarrow.array([["a", "b"]] * 2), pyarrow.array([[1, 0]] * 2)
+    table = pyarrow.Table.from_arrays([broken, documents, labels], ["query", "documents", "labels"])
+    write_table(table, tmp_path / "rows.parquet")
+    with Rejects(tmp_path / "rejects.jsonl") as rejects:
+        assert [row["query"] for row in read_rows(tmp_path / "rows.parquet", rejects)] == ["good"]
+    assert "rows.parquet, row 2: 'utf-8' codec" in (tmp_path / "rejects.jsonl").read_text()

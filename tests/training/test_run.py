@@ -1,3 +1,4 @@
+import datetime
 import hashlib
 import json
 
@@ -262,6 +263,10 @@ def test_documents_of_rows_are_drawn_by_bands(saved_folder, tmp_path):
         (["--freeze", "head"], "choose router or experts"),
         (["--bias_update_rate", "0.1", "--lora_rank", "2"], "an adapter does not hold"),
         (["--teacher_weights", "bm25"], "teacher_weights is 'bm25'"),
+        (["--teacher_weights", '{"bm25": 1}'], "are for rows of scores, but the first row has labels"),
+        (["--limit", "-1"], "limit is -1: it has to be at least 1"),
+        (["--losses", "ranknet", "ranknet"], "name each once, and weigh it by loss_weights"),
+        (["--save_only_model", "True", "--resume", "True"], "keeps no state of the optimizer"),
         (["--top", "0", "--random", "0"], "draws no document"),
     ],
 )
@@ -302,7 +307,10 @@ def test_rows_of_another_kind_are_set_aside(saved_folder, tmp_path):
     given = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.jsonl")]
     main([*given, "--output_dir", str(tmp_path / "out"), *QUICK])
     assert len(list(read_rows(tmp_path / "out" / "train_rows.jsonl"))) == 2
-    assert "Row 2 of those to train on: no 'labels', which the first row has" in (tmp_path / "out" / "rejects.jsonl").read_text()
+    assert (
+        "Row 2 of those to train on: no 'labels', which the first row has"
+        in (tmp_path / "out" / "rejects.jsonl").read_text()
+    )
 
 
 def test_yaml_says_no(saved_folder, rows, tmp_path):
@@ -323,3 +331,100 @@ def test_a_stream_goes_on_in_a_later_pass(saved_folder, rows, tmp_path):
     whole, parts = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
     for name, tensor in whole.items():
         assert torch.equal(parts[name], tensor), name
+
+
+def test_a_ruined_run_writes_no_model(saved_folder, tmp_path):
+    write_jsonl([{"query": "a", "documents": ["b", "c"], "labels": [1, 0]}], tmp_path / "rows.jsonl")
+    given = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "o")]
+    with pytest.raises(ValueError, match=r"Stopped at step .* not finite.* No model was written"):
+        main([*given, *QUICK, "--max_steps", "30", "--learning_rate", "1e38", "--warmup_steps", "0"])
+    assert not (tmp_path / "o" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "row", [{"labels": [1, 1]}, {"scores": {"t": [0.5, 0.5], "u": [2, None]}}], ids=["labels", "scores"]
+)
+def test_rows_that_teach_nothing_are_counted(saved_folder, tmp_path, caplog, row):
+    alike, other = [{"query": "a", "documents": ["b", "c"]} | row for _ in range(2)]
+    path = tmp_path / "rows.jsonl"
+    given = ["--model", str(saved_folder), "--train", str(path), "--output_dir", str(tmp_path / "out"), *QUICK]
+    write_jsonl([alike], path)
+    with pytest.raises(ValueError, match="No query has two different labels, so pairwise_hinge would learn nothing"):
+        main([*given, "--losses", "pairwise_hinge"])
+    other |= {key: [1, 0] if key == "labels" else {"t": [1, 0], "u": None} for key in row}
+    write_jsonl([alike, other], path)
+    main([*given, "--losses", "pairwise_hinge"])
+    assert "1 of 2 queries have no two different labels" in caplog.text
+
+
+def test_a_run_does_not_go_on_with_other_rows(saved_folder, tmp_path, monkeypatch):
+    """What is drawn, mined and guarded may differ though no file that was named has changed."""
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(ROWS, path)
+    given = ["--model", str(saved_folder), "--train", str(path), "--output_dir", str(tmp_path / "out"), *QUICK]
+    given += ["--save_strategy", "steps", "--save_steps", "1"]
+    main(given)
+    monkeypatch.setattr("modeling_querit.training.run.training_rows", lambda *_: ROWS[:5])
+    with pytest.raises(ValueError, match=r"train_rows\.jsonl has changed since the run"):
+        main([*given, "--resume", "True"])
+
+
+def test_a_run_does_not_go_on_with_other_processes(saved_folder, rows, tmp_path):
+    given = ["--model", str(saved_folder), "--train", rows, "--output_dir", str(tmp_path / "out"), *QUICK]
+    given += ["--save_strategy", "steps", "--save_steps", "1"]
+    main(given)
+    record = tmp_path / "out" / "train.json"
+    record.write_text(record.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(ValueError, match="was begun by 2 processes, not 1"):
+        main([*given, "--resume", "True"])
+
+
+def test_a_model_is_not_written_over(saved_folder, rows, tmp_path):
+    given = ["--model", str(saved_folder), "--train", rows, "--output_dir", str(tmp_path / "out"), *QUICK]
+    main(given)
+    with pytest.raises(ValueError, match="model is there: name another output_dir"):
+        main([*given, "--seed", "1"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [("foo_ndcg_at_10", "what is validated is dev"), ("ndcg_at_10", "no row to validate on has a label above 0")],
+)
+def test_a_metric_that_will_not_be_there(saved_folder, rows, tmp_path, metric, message):
+    write_jsonl([{"query": "a", "documents": ["b", "c"], "labels": [0, 0]}], tmp_path / "dev.jsonl")
+    given = ["--model", str(saved_folder), "--train", rows, "--output_dir", str(tmp_path / "out"), *QUICK]
+    given += ["--validation", str(tmp_path / "dev.jsonl"), "--eval_strategy", "steps", "--eval_steps", "1"]
+    with pytest.raises(ValueError, match=message):
+        main([*given, "--metric_for_best_model", metric])
+
+
+def test_adapters_reach_the_attention_of_mixtures(saved_folder, rows, tmp_path):
+    given = ["--model", str(saved_folder), "--train", rows, "--output_dir", str(tmp_path / "out"), *QUICK]
+    main([*given, "--lora_rank", "2"])
+    adapted = {name.split(".")[-3] for name in load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")}
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in QueritForSequenceRanking.from_pretrained(saved_folder).model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert linear <= adapted
+
+
+def test_a_stream_of_two_kinds_goes_on(saved_folder, tmp_path):
+    pytest.importorskip("datasets")
+    write_jsonl([*ROWS, {"query": "a", "documents": ["b", "c"], "scores": {"t": [1, 0]}}], tmp_path / "rows.jsonl")
+    out = tmp_path / "out"
+    given = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.jsonl"), "--output_dir", str(out), *QUICK]
+    main([*given, "--streaming", "True", "--max_steps", "4", "--per_device_train_batch_size", "2"])
+    assert "Row 7 of those to train on: no 'labels'" in (out / "rejects_of_stream.jsonl").read_text()
+
+
+def test_tables_with_columns_that_json_has_not(saved_folder, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    rows = [row | {"when": datetime.datetime(2026, 1, 1), "raw": b"x"} for row in ROWS]
+    write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    given = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.parquet")]
+    main([*given, "--output_dir", str(tmp_path / "out"), *QUICK])
+    assert len(list(read_rows(tmp_path / "out" / "train_rows.jsonl"))) == len(ROWS)

@@ -294,3 +294,20 @@ def test_a_resumed_run_logs_the_same_losses(model, tmp_path):
     for once, again in zip(*logs, strict=True):
         assert {"loss_pairwise_hinge", "loss_listwise_kl", "score_spread"} <= once.keys()
         assert again == pytest.approx(once, rel=1e-5)
+
+
+@pytest.mark.parametrize("losses", [["ranknet"], ["pairwise_hinge", "pointwise_bce"]], ids="+".join)
+def test_the_loss_of_a_validation_is_a_mean_over_the_collection(model, tmp_path, losses):
+    rows = [*UNEVEN, {"query": "alike", "documents": ["a", "b"], "labels": [1, 1]}]
+    found = []
+    for batch_size in (1, 3, len(rows)):
+        trainer = make_trainer(model, tmp_path, rows, losses=losses, per_device_eval_batch_size=batch_size)
+        found.append(trainer.evaluate(RankingDataset(rows))["eval_loss"])
+    with torch.no_grad():
+        whole = trainer.compute_loss(model, trainer.data_collator(rows)).item()
+    assert found == pytest.approx([whole] * 3, abs=1e-5)
+
+
+def test_a_checkpoint_that_is_gone_is_named(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint .*checkpoint-7: it was moved"):
+        make_trainer(copy.deepcopy(model), tmp_path)._load_from_checkpoint(str(tmp_path / "checkpoint-7"))
