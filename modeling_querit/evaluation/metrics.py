@@ -75,7 +75,8 @@ def ranking_metrics(predictions: EvalPrediction) -> dict[str, float]:
             nothing apart is worth nothing.
 
     Returns:
-        `ndcg_at_10` and `mrr_at_10` in [0, 1]; neither, where no query has a label above 0.
+        `ndcg_at_10` and `mrr_at_10` in [0, 1]; neither, where no query has a label above 0. MRR says little of soft
+        labels, most of which are above 0.
     """
     qrels, rankings = {}, {}
     # trec_eval keeps a place for every grade up to the highest.

@@ -89,7 +89,10 @@ def _prepare(settings: Settings, output_dir: Path, is_main: bool) -> tuple[Any, 
     if not is_main:
         rejects_path = rejects_path.with_name(f".{rejects_path.name}.{args.process_index}")
     with Rejects(rejects_path) as rejects:
-        validation = validation_rows(data_args, args.seed, rejects)
+        validation = {
+            name: [_judged(row) for row in each]
+            for name, each in validation_rows(data_args, args.seed, rejects).items()
+        }
         if empty := [name for name, each in validation.items() if not each]:
             raise ValueError(f"There are no rows to validate on in {empty[0]}.")
         if validation and args.metric_for_best_model is not None:
@@ -267,6 +270,11 @@ def _with_lora(model: QueritForSequenceRanking, args: ModelArguments) -> torch.n
     # Said by hand: a model that was made from a plain decoder has no name that peft could find.
     adapted.peft_config["default"].base_model_name_or_path = args.model
     return adapted
+
+
+def _judged(row: Row) -> Row:
+    """A row to validate on: by its labels, if it has any, whatever teachers said of it."""
+    return row if row.get("labels") is None else {key: value for key, value in row.items() if key != "scores"}
 
 
 def _of_one_kind(rows: Iterable[Row], rejects: Rejects) -> Iterator[Row]:

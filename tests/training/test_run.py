@@ -212,6 +212,18 @@ def test_teacher_scores_are_distilled(saved_folder, tmp_path):
         main([*settings, "--teacher_weights", '{"c": 1}', "--output_dir", str(tmp_path / "other")])
 
 
+def test_judged_rows_are_validated_by_their_labels(saved_folder, tmp_path):
+    """Though the run learns from scores, which these rows have too."""
+    row = {"query": "a", "documents": ["b", "c"], "scores": {"t": [1, 0]}}
+    write_jsonl([row], tmp_path / "rows.jsonl")
+    write_jsonl([row | {"labels": [0, 1]}], tmp_path / "dev.jsonl")
+    given = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "o")]
+    given += ["--validation", str(tmp_path / "dev.jsonl"), "--eval_strategy", "steps", "--eval_steps", "2"]
+    trainer = train(*parse([*given, *QUICK]))
+    batch = trainer.data_collator([trainer.eval_dataset["dev"][0]])
+    assert batch["labels"].tolist() == [0, 1]
+
+
 def test_broken_rows_do_not_end_a_run(saved_folder, rows, tmp_path, caplog):
     with open(rows, "a") as file:
         file.write("{broken\n")
