@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,23 +55,22 @@ def write_json(value: Any, path: str | os.PathLike) -> None:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
-def write_jsonl(rows: Iterable[Any], path: str | os.PathLike) -> None:
-    """Write values as JSON, one a line."""
+def write_jsonl(rows: Iterable[Any], path: str | os.PathLike, default: Callable[[Any], Any] | None = None) -> None:
+    """Write values as JSON, one a line; `default` stands in for what JSON has no value for, as in `json.dumps`."""
     with replacing(path) as aside, aside.open("w", encoding="utf-8") as lines:
-        lines.writelines(map(_line, rows))
+        lines.writelines(_line(row, default) for row in rows)
 
 
-def jsonl_sha256(rows: Iterable[Any]) -> str:
+def jsonl_sha256(rows: Iterable[Any], default: Callable[[Any], Any] | None = None) -> str:
     """Of the file that `write_jsonl` makes of rows, in hexadecimal."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(_line(row).encode("utf-8"))
+        digest.update(_line(row, default).encode("utf-8"))
     return digest.hexdigest()
 
 
-def _line(row: Any) -> str:
-    # Tables have columns, such as times, that JSON has no value for.
-    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+def _line(row: Any, default: Callable[[Any], Any] | None) -> str:
+    return json.dumps(row, ensure_ascii=False, default=default) + "\n"
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -1,12 +1,13 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_querit.files import replacing, sha256, write_json, write_jsonl
+from modeling_querit.files import jsonl_sha256, replacing, sha256, write_json, write_jsonl
 
 
 @pytest.fixture
@@ -113,3 +114,11 @@ def test_rows_that_end_in_an_error_leave_what_was_there(path):
 def test_sha256(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_the_hash_of_rows_is_that_of_their_file(path):
+    rows = [{"a": "ü"}, {"b": Path("c")}]
+    write_jsonl(rows, path, default=str)
+    assert jsonl_sha256(rows, default=str) == sha256(path)
+    with pytest.raises(TypeError):
+        jsonl_sha256(rows)

@@ -123,7 +123,8 @@ def _prepare(settings: Settings, output_dir: Path, is_main: bool) -> tuple[Any, 
     sources = [*data_args.train, *data_args.validation]
     record = make_record(settings, [path for source in sources for path in files_of(source)], args.world_size)
     if not data_args.streaming:
-        record["sha256"][ROWS_FILE] = jsonl_sha256(rows)
+        # Tables have columns, such as times, that JSON has no value for.
+        record["sha256"][ROWS_FILE] = jsonl_sha256(rows, default=str)
     if newest_checkpoint(output_dir) is not None:
         if not run_args.resume and not args.resume_from_checkpoint:
             raise ValueError(
@@ -133,7 +134,7 @@ def _prepare(settings: Settings, output_dir: Path, is_main: bool) -> tuple[Any, 
     elif (output_dir / "model").exists() and not run_args.resume:
         raise ValueError(f"{output_dir / 'model'} is there: name another output_dir, or remove it first.")
     if not data_args.streaming:
-        write_jsonl(rows, output_dir / ROWS_FILE)
+        write_jsonl(rows, output_dir / ROWS_FILE, default=str)
         logger.info("Training on %d queries with %d documents.", len(rows), sum(len(row["documents"]) for row in rows))
     write_json(record, output_dir / RECORD_FILE)
     return rows, validation
