@@ -440,3 +440,18 @@ def test_tables_with_columns_that_json_has_not(saved_folder, tmp_path):
     given = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.parquet")]
     main([*given, "--output_dir", str(tmp_path / "out"), *QUICK])
     assert len(list(read_rows(tmp_path / "out" / "train_rows.jsonl"))) == len(ROWS)
+
+
+def test_a_folder_that_is_a_file(saved_folder, rows, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError, match="is a file: name a folder"):
+        main(["--model", str(saved_folder), "--train", rows, "--output_dir", str(tmp_path / "out"), *QUICK])
+
+
+def test_a_row_that_no_teacher_scored_is_set_aside(saved_folder, tmp_path):
+    row = {"query": "a", "documents": ["b", "c"]}
+    mixed = [row | {"scores": {"t": [1, 0]}}, row | {"labels": [1, 0], "scores": {"t": None}}]
+    write_jsonl(mixed, tmp_path / "rows.jsonl")
+    given = ["--model", str(saved_folder), "--train", str(tmp_path / "rows.jsonl")]
+    main([*given, "--output_dir", str(tmp_path / "out"), *QUICK])
+    assert "Row 2 of those to train on: no 'scores'" in (tmp_path / "out" / "rejects.jsonl").read_text()
