@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,20 @@ from transformers import (
 )
 
 from ..checkpoints.loading import load_for_training
-from ..files import jsonl_sha256, write_json, write_jsonl
 from ..modeling_querit import QueritForSequenceRanking
 from .arguments import QueritTrainingArguments
-from .checks import check_differences, check_health, check_labels, check_metric, check_settings
+from .checks import check_health, check_settings
 from .dataset import RankingDataset
 from .distillation import QueritDistillationTrainer
 from .experts import ExpertLoadCallback, expert_layers, freeze
 from .health import HealthCallback
 from .plots import PlotCallback
-from .reading import Rejects, read_rows
-from .record import RECORD_FILE, check_same_run, make_record, newest_checkpoint
-from .rows import Row, has_scores
+from .preparation import prepare
+from .record import newest_checkpoint
+from .rows import Row
 from .settings import DataArguments, ModelArguments, RunArguments, Settings, parse
-from .sources import files_of, stream_rows, training_rows, validation_rows
 from .trainer import QueritTrainer
 
-logger = logging.getLogger(__name__)
-
-ROWS_FILE = "train_rows.jsonl"
-REJECTS_FILE = "rejects.jsonl"
-# Of a stream, which is read again and again; the other holds what was wrong with the validation rows.
-STREAM_REJECTS_FILE = "rejects_of_stream.jsonl"
-# Queries of a stream that are shuffled among each other.
-_SHUFFLE_BUFFER = 1000
 # Those of mixtures' attention among them; routed experts and routers keep what they have.
 _LINEAR_LAYERS = [
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -70,7 +59,7 @@ def train(
     output_dir = Path(args.output_dir)
     # The first process of all, not of each machine: the others read what it wrote, in a folder that they share.
     with args.main_process_first(local=False, desc="reading rows"):
-        rows, validation = _prepare(settings, output_dir, is_main=args.process_index == 0)
+        rows, validation = prepare(settings, output_dir)
     model = load_for_training(model_args.model)
     processor = model.processor
     trainer = _make_trainer(model, rows, validation, settings)
@@ -80,92 +69,6 @@ def train(
     check_health(trainer)
     _save(trainer, processor, model_args, output_dir)
     return trainer
-
-
-def _prepare(settings: Settings, output_dir: Path, is_main: bool) -> tuple[Any, dict[str, list[Row]]]:
-    """The rows to train and validate on; the main process writes down what they are, the others read it."""
-    _, data_args, run_args, args = settings
-    rejects_path = output_dir / REJECTS_FILE
-    if not is_main:
-        rejects_path = rejects_path.with_name(f".{rejects_path.name}.{args.process_index}")
-    with Rejects(rejects_path) as rejects:
-        validation = {
-            name: [_judged(row) for row in each]
-            for name, each in validation_rows(data_args, args.seed, rejects).items()
-        }
-        if empty := [name for name, each in validation.items() if not each]:
-            raise ValueError(f"There are no rows to validate on in {empty[0]}.")
-        if validation and args.metric_for_best_model is not None:
-            check_metric(args.metric_for_best_model, validation)
-        if data_args.streaming:
-            rows = _stream(data_args, args)
-        elif is_main:
-            rows = list(_of_one_kind(training_rows(data_args, args.seed, rejects), rejects))
-        else:
-            rows = list(read_rows(output_dir / ROWS_FILE))
-    if not is_main:
-        rejects_path.unlink(missing_ok=True)
-        return rows, validation
-    if rejects.count:
-        logger.warning("%d broken rows were set aside in %s.", rejects.count, rejects.path)
-    if not data_args.streaming:
-        if not rows:
-            raise ValueError(f"There are no rows in {', '.join(data_args.train)}.")
-        check_labels(rows, args.losses)
-        check_differences(rows, args.losses)
-        if rows[0].get("labels") is not None and (data_args.teacher_weights or data_args.calibration != "quantile"):
-            raise ValueError("teacher_weights and calibration are for rows of scores, but the first row has labels.")
-    if (rows and not data_args.streaming and rows[0].get("labels") is not None) and any(
-        row.get("labels") is None for each in validation.values() for row in each
-    ):
-        raise ValueError("A run on labels is validated on labels, but there are validation rows with scores alone.")
-    # Nothing is written before everything that can be wrong has been read.
-    sources = [*data_args.train, *data_args.validation]
-    record = make_record(settings, [path for source in sources for path in files_of(source)], args.world_size)
-    if not data_args.streaming:
-        # Tables have columns, such as times, that JSON has no value for.
-        record["sha256"][ROWS_FILE] = jsonl_sha256(rows, default=str)
-    if newest_checkpoint(output_dir) is not None:
-        if not run_args.resume and not args.resume_from_checkpoint:
-            raise ValueError(
-                f"{output_dir} holds checkpoints of a run: go on with --resume, or name another output_dir."
-            )
-        check_same_run(record, output_dir)
-    elif (output_dir / "model").exists() and not run_args.resume:
-        raise ValueError(f"{output_dir / 'model'} is there: name another output_dir, or remove it first.")
-    if not data_args.streaming:
-        write_jsonl(rows, output_dir / ROWS_FILE, default=str)
-        logger.info("Training on %d queries with %d documents.", len(rows), sum(len(row["documents"]) for row in rows))
-    write_json(record, output_dir / RECORD_FILE)
-    return rows, validation
-
-
-def _stream(data_args: DataArguments, args: QueritTrainingArguments) -> Any:
-    from datasets import IterableDataset
-
-    name = STREAM_REJECTS_FILE if args.process_index == 0 else f".{STREAM_REJECTS_FILE}.{args.process_index}"
-    given = {"args": data_args, "seed": args.seed, "path": Path(args.output_dir) / name, "losses": args.losses}
-    return IterableDataset.from_generator(_read_stream, gen_kwargs=given).shuffle(
-        args.seed, buffer_size=_SHUFFLE_BUFFER
-    )
-
-
-def _read_stream(args: DataArguments, seed: int, path: Path, losses: list[str]) -> Iterator[Row]:
-    """The rows again and again, without an end: a run that goes on in a later pass skips what it has seen of all."""
-    is_empty = True
-    with Rejects(path) as rejects:
-        for row in _of_one_kind(stream_rows(args.train, args, seed, rejects), rejects):
-            check_labels([row], losses)
-            is_empty = False
-            yield row
-    if path.name != STREAM_REJECTS_FILE:
-        path.unlink(missing_ok=True)
-    elif rejects.count:
-        logger.warning("%d broken rows were set aside in %s.", rejects.count, rejects.path)
-    if is_empty:
-        raise ValueError(f"There are no rows in {', '.join(args.train)}.")
-    while True:
-        yield from _of_one_kind(stream_rows(args.train, args, seed, Rejects(None)), Rejects(None))
 
 
 def _make_trainer(
@@ -271,20 +174,3 @@ def _with_lora(model: QueritForSequenceRanking, args: ModelArguments) -> torch.n
     # Said by hand: a model that was made from a plain decoder has no name that peft could find.
     adapted.peft_config["default"].base_model_name_or_path = args.model
     return adapted
-
-
-def _judged(row: Row) -> Row:
-    """A row to validate on: by its labels, if it has any, whatever teachers said of it."""
-    return row if row.get("labels") is None else {key: value for key, value in row.items() if key != "scores"}
-
-
-def _of_one_kind(rows: Iterable[Row], rejects: Rejects) -> Iterator[Row]:
-    """Rows with labels, or, if the first one has none, rows with scores; the others are set aside."""
-    kind = None
-    for number, row in enumerate(rows, start=1):
-        kind = kind or ("scores" if row.get("labels") is None else "labels")
-        if row.get("labels") is not None if kind == "labels" else has_scores(row):
-            yield row
-        else:
-            message = f"Row {number} of those to train on: no {kind!r}, which the first row has; a run learns from one."
-            rejects.add(ValueError(message), row)

@@ -376,7 +376,7 @@ def test_a_run_does_not_go_on_with_other_rows(saved_folder, tmp_path, monkeypatc
     given = ["--model", str(saved_folder), "--train", str(path), "--output_dir", str(tmp_path / "out"), *QUICK]
     given += ["--save_strategy", "steps", "--save_steps", "1"]
     main(given)
-    monkeypatch.setattr("modeling_querit.training.run.training_rows", lambda *_: ROWS[:5])
+    monkeypatch.setattr("modeling_querit.training.preparation.training_rows", lambda *_: ROWS[:5])
     with pytest.raises(ValueError, match=r"train_rows\.jsonl has changed since the run"):
         main([*given, "--resume", "True"])
 
