@@ -19,7 +19,8 @@ label, for servers that run no code of a repository. The relevance score is the 
 
 The logit has a bias, {bias}. vLLM adds it; transformers and sentence-transformers have no place for it, say that
 `score.bias` is unexpected, and give logits without it: lower or higher by the same for all documents, in the same
-order (in bfloat16, in which transformers computes them for weights of that dtype, close ones may swap).
+order (in bfloat16, in which transformers computes them for weights of that dtype, close ones may swap). The head is in
+float32, in which vLLM computes it whatever the other weights are in.
 
 The text of a pair comes from the chat template (roles `system`: instruction, `query`, `title`, `document`) and ends in
 `[CLS]`, whose state is read.

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.modeling_auto import (
@@ -28,14 +27,15 @@ from .writing import check_new, whole_folder
 def export_classifier(source: str | os.PathLike, destination: str | os.PathLike, dtype: str = "auto") -> Path:
     """Write a reranker as `Qwen3ForSequenceClassification`, or what its architecture has, with one label.
 
-    Its logit is `(z1 - z0) / 2`, whose tanh is the score: `score.weight = (w1 - w0) / 2`, `score.bias = (b1 - b0) / 2`.
-    vLLM reads the bias; transformers has no place for one, and gives logits that are smaller by it, all alike: the same
-    order. The text of a pair is written by the chat template, with roles `query` and `document`.
+    Its logit is `(z1 - z0) / 2`, whose tanh is the score: `score.weight = (w1 - w0) / 2`, `score.bias = (b1 - b0) / 2`,
+    both in float32, as vLLM computes them, whatever the other weights are in. vLLM reads the bias; transformers has no
+    place for one, and gives logits that are smaller by it, all alike: the same order. The text of a pair is written by
+    the chat template, with roles `query` and `document`.
 
     Args:
         source: "mini", a folder, a repository or a LoRA adapter.
         destination: A folder that does not exist yet, or is empty.
-        dtype: Of the weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        dtype: Of the weights but the head: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
 
     Raises:
         OSError: if there is something at the destination, it cannot be written, or there is no such source.
@@ -51,13 +51,13 @@ def export_classifier(source: str | os.PathLike, destination: str | os.PathLike,
     with tempfile.TemporaryDirectory() as aside, whole_folder(destination) as folder:
         parent = open_parent(str(source), Path(aside))
         architecture = _classifier_of(parent)
-        tensors = _with_one_logit(parent.tensors, wanted)
-        copy_weights(folder, tensors, wanted)
+        head = _one_logit(parent.tensors)
+        copy_weights(folder, dict(parent.tensors) | head, wanted, kept=head)
         config = _config_of(parent, architecture, str(wanted or parent.tensors["score.weight"].dtype))
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name, content in SENTENCE_TRANSFORMERS_FILES.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        bias = float(tensors["score.bias"].read(slice(0, 1)))
+        bias = head["score.bias"].tensor.item()
         card = exported_card(destination.name, architecture, parent.name, bias)
         (folder / "README.md").write_text(card, encoding="utf-8")
         parent.model.processor.save_pretrained(folder)
@@ -79,12 +79,12 @@ def _classifier_of(parent: Parent) -> str:
     return found.__name__
 
 
-def _with_one_logit(tensors: Mapping[str, LazyTensor], wanted: torch.dtype | None) -> dict[str, LazyTensor]:
+def _one_logit(tensors: Mapping[str, LazyTensor]) -> dict[str, HeldTensor]:
     folded = {}
     for key in ("score.weight", "score.bias"):
         both = tensors[key].read(slice(0, 2))
-        folded[key] = HeldTensor(((both[1:].double() - both[:1].double()) / 2).to(wanted or tensors[key].dtype))
-    return dict(tensors) | folded
+        folded[key] = HeldTensor(((both[1:].double() - both[:1].double()) / 2).float())
+    return folded
 
 
 def _config_of(parent: Parent, architecture: str, dtype: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -222,7 +222,11 @@ def write_weights(
 
 
 def copy_weights(
-    folder: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None = None, max_shard_size: int | str = "5GB"
+    folder: Path,
+    tensors: Mapping[str, LazyTensor],
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    kept: Collection[str] = (),
 ) -> None:
     """Write tensors as `write_weights` does, as they are or in another dtype.
 
@@ -231,16 +235,29 @@ def copy_weights(
         tensors: By their keys.
         dtype: Of all but routing biases, which transformers keeps in float32; by default that of each tensor.
         max_shard_size: Bytes of one file.
+        kept: Keys of more tensors that keep their dtype.
+
+    Raises:
+        ValueError: if a tensor holds NaN or infinite numbers, or ones that the dtype cannot hold; it is named.
     """
     specs = {
-        key: Spec(tensor.dtype if dtype is None or is_routing_bias(key) else dtype, tensor.shape)
+        key: Spec(tensor.dtype if dtype is None or key in kept or is_routing_bias(key) else dtype, tensor.shape)
         for key, tensor in tensors.items()
     }
 
     def chunks_of(key: str) -> Iterator[torch.Tensor]:
-        return (narrowed(tensors[key].read(rows), specs[key].dtype, key) for rows in row_slices(specs[key].shape))
+        for rows in row_slices(specs[key].shape):
+            chunk = tensors[key].read(rows)
+            if not is_finite(chunk):
+                raise ValueError(f"{key} holds NaN or infinite numbers: take a checkpoint from before that.")
+            yield narrowed(chunk, specs[key].dtype, key)
 
     write_weights(folder, specs, chunks_of, max_shard_size)
+
+
+def is_finite(chunk: torch.Tensor) -> bool:
+    """Whether all of some weights are numbers, and finite: then so is their sum, else never."""
+    return not chunk.dtype.is_floating_point or bool(chunk.float().sum(dtype=torch.float64).isfinite())
 
 
 def narrowed(chunk: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:

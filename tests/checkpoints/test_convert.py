@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 from modeling_querit import QueritForSequenceRanking
 from modeling_querit.checkpoints.convert import convert_checkpoint, publish_checkpoint
+from modeling_querit.checkpoints.export import export_classifier
 from modeling_querit.checkpoints.loading import load_for_training
 
 
@@ -252,12 +253,19 @@ def lacking_the_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [lacking_the_head, cut_short, lacking_the_tokenizer])
-def test_nothing_is_published_of_a_damaged_checkpoint(saved_folder, tmp_path, damage):
+def holding_nan(folder):
+    tensors = tiny.read_tensors(folder)
+    tensors["score.bias"][1] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("write", [convert_checkpoint, publish_checkpoint, export_classifier])
+@pytest.mark.parametrize("damage", [lacking_the_head, cut_short, lacking_the_tokenizer, holding_nan])
+def test_nothing_is_written_of_a_damaged_checkpoint(saved_folder, tmp_path, write, damage):
     source = Path(shutil.copytree(saved_folder, tmp_path / "source"))
     damage(source)
     with pytest.raises((ValueError, OSError)):
-        publish_checkpoint(source, tmp_path / "published")
+        write(source, tmp_path / "written")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -241,6 +241,15 @@ def test_copies_in_another_dtype(saved_folder, tmp_path, monkeypatch, dtype):
     assert_same(tiny.read_tensors(tmp_path), expected)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+def test_what_is_no_number_is_not_copied(tmp_path, dtype, wrong):
+    tensor = torch.ones(3, 5)
+    tensor[2, 4] = wrong
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN or infinite"):
+        copy_weights(tmp_path, {"model.norm.weight": HeldTensor(tensor.to(dtype))})
+
+
 def test_routing_biases_are_told_by_their_keys(saved_folder, architecture):
     found = [key for key in tiny.read_tensors(saved_folder) if is_routing_bias(key)]
     expected = {"qwen3": [], "deepseek_v3": ["model.layers.1.mlp.gate.e_score_correction_bias"]}
@@ -249,7 +258,7 @@ def test_routing_biases_are_told_by_their_keys(saved_folder, architecture):
 
 @pytest.mark.parametrize("chunk", [1, 64, 1000])
 def test_no_more_than_a_part_is_held_at_a_time(tmp_path, monkeypatch, reads, chunk):
-    tensors = {"a": make(torch.float32, (300, 16)), "b": make(torch.float16, (5000,)), "c": make(torch.int8, (2, 30))}
+    tensors = {"a": torch.randn(300, 16), "b": torch.randn(5000).half(), "c": make(torch.int8, (2, 30))}
     write(tmp_path, tensors)
     stored = open_weights(tmp_path)
     reads.clear()
