@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,8 @@ def render_card(path: Path, repo_id: str, root: Path | None = None) -> str:
     for each in asked:
         if missing := {"file", "column", "metric"} - (each.keys() if isinstance(each, Mapping) else set()):
             raise ValueError(f"{path}: an entry of {RESULTS_KEY} has no {min(missing)}.")
+        if not isinstance(each["file"], str) or not _is_number(each.get("scale", 1)):
+            raise ValueError(f"{path}: in {RESULTS_KEY}, file is the name of a file, and scale a number.")
     figures = [figure for each in asked for figure in _figures(each, (root or Path()) / each["file"], repo_id)]
     if figures:
         data["model-index"] = eval_results_to_model_index(repo_id.split("/")[-1], figures)
@@ -67,13 +70,10 @@ def render_card(path: Path, repo_id: str, root: Path | None = None) -> str:
 
 
 def _figures(asked: Mapping[str, Any], path: Path, repo_id: str) -> Iterator[EvalResult]:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, Mapping) or not isinstance(found.get("rows"), list):
-        raise ValueError(f"{path} is no results file: it has no list of rows.")
-    source = found.get("source") or {}
-    for row in found["rows"]:
+    rows, source = _results_of(path)
+    for row in rows:
         column = asked["column"]
-        if not isinstance(row.get(column), int | float) or "collection" not in row:
+        if not _is_number(row.get(column)) or "collection" not in row:
             raise ValueError(f"{path}: the row of {row.get('collection')} has no {column!r}, which the card shows.")
         yield EvalResult(
             task_type="text-ranking",
@@ -86,6 +86,25 @@ def _figures(asked: Mapping[str, Any], path: Path, repo_id: str) -> Iterator[Eva
             # The Hub takes a name only together with an address.
             source_url=source.get("url") or f"https://huggingface.co/{repo_id}",
         )
+
+
+def _results_of(path: Path) -> tuple[list[Mapping[str, Any]], Mapping[str, Any]]:
+    """The rows of a results file, and where they are from."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no results file ({error}).") from None
+    rows = found.get("rows") if isinstance(found, Mapping) else None
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise ValueError(f"{path} is no results file: it has no list of rows.")
+    source = found.get("source") or {}
+    if not isinstance(source, Mapping):
+        raise ValueError(f"{path}: source is an object with name and url.")
+    return rows, source
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _table(figures: Sequence[EvalResult]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.streaming import StoredTensor, open_weights, row_slices
+from ..checkpoints.streaming import is_finite, open_weights, row_slices
 from ..configuration_querit import AUTO_MAP, QueritConfig
 from ..folder_querit import CARD_STUB, SENTENCE_TRANSFORMERS_FILES
 
@@ -70,11 +70,14 @@ def _config(folder: Path) -> Iterator[str]:
     except (OSError, ValueError) as error:
         yield f"config.json cannot be read: {error}."
         return
+    if not isinstance(config, dict):
+        yield "config.json is no object of names and values: write the folder with save_pretrained, or querit convert."
+        return
     if config.get("model_type") != QueritConfig.model_type:
         yield f"config.json has model_type {config.get('model_type')!r}, not {QueritConfig.model_type!r}: convert it."
         return
     for name, entry in AUTO_MAP.items():
-        found = (config.get("auto_map") or {}).get(name)
+        found = auto_map.get(name) if isinstance(auto_map := config.get("auto_map"), dict) else None
         if found != entry:
             yield f"config.json has {found!r} as auto_map of {name}, not {entry!r}."
         elif not (folder / f"{entry.split('.')[0]}.py").is_file():
@@ -94,15 +97,8 @@ def _weights(folder: Path) -> Iterator[str]:
     elif torch.equal(*tensors["score.weight"].read(slice(0, 2))):
         yield "The head was never trained: the rows of score.weight are equal, so all scores are."
     for key, tensor in tensors.items():
-        if not _is_finite(tensor):
+        if not all(is_finite(tensor.read(rows)) for rows in row_slices(tensor.shape)):
             yield f"{key} holds NaN or infinite numbers."
-
-
-def _is_finite(tensor: StoredTensor) -> bool:
-    if not tensor.dtype.is_floating_point:
-        return True
-    # A sum over finite numbers of a few million weights is finite; over others never.
-    return all(bool(tensor.read(rows).float().sum().isfinite()) for rows in row_slices(tensor.shape))
 
 
 def _pickles(folder: Path) -> Iterator[str]:

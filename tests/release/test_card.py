@@ -94,6 +94,20 @@ def test_what_is_no_results_file(card, tmp_path, found):
         render_card(card, "me/mine", tmp_path)
 
 
+@pytest.mark.parametrize("content", ['{"rows": [1]}', '{"rows": [], "source": "a report"}', "rows", '{"rows": ['])
+def test_a_results_file_of_another_shape(card, tmp_path, content):
+    (tmp_path / "figures.json").write_text(content)
+    with pytest.raises(ValueError, match=r"figures\.json"):
+        render_card(card, "me/mine", tmp_path)
+
+
+@pytest.mark.parametrize("change", ["file: 7", "file: figures.json, scale: percent", "file: figures.json, scale: true"])
+def test_an_entry_of_other_types(card, tmp_path, change):
+    card.write_text(re.sub(r"- \{file: .*", f"- {{{change}, column: ours, metric: x}}", CARD))
+    with pytest.raises(ValueError, match="file is the name of a file, and scale a number"):
+        render_card(card, "me/mine", tmp_path)
+
+
 @pytest.mark.parametrize("key", ["license", "library_name", "pipeline_tag", "language", "tags"])
 def test_what_is_not_stated_is_named(card, tmp_path, key):
     card.write_text(re.sub(rf"(?m)^{key}: .*\n", "", CARD))

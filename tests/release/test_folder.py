@@ -52,6 +52,14 @@ def test_a_missing_file_is_named(folder, name):
     assert any(problem.startswith(f"{name} is missing") for problem in problems_of(folder))
 
 
+@pytest.mark.parametrize(
+    ("content", "named"), [("[]", "no object"), ('{"model_type": "querit", "auto_map": ["AutoModel"]}', "auto_map")]
+)
+def test_a_config_of_another_shape(folder, content, named):
+    (folder / "config.json").write_text(content)
+    assert any(problem.startswith("config.json") and named in problem for problem in problems_of(folder))
+
+
 def test_a_config_without_auto_map_of_the_classifier(folder):
     config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]["AutoModelForSequenceClassification"]
