@@ -76,6 +76,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--weights", type=json.loads, help='of the teachers, as JSON; {"bm25": 1, "mini": 1} by default'
     )
+    parser.add_argument("--queries", type=int, help="of the collection, drawn with the seed; all by default")
     parser.add_argument("--held-out", type=float, default=0.5, help="share of the queries that nobody is taught")
     parser.add_argument("--depth", type=int, default=20, help="candidates a query, where the collection lists none")
     parser.add_argument("--documents", type=int, default=8, help="of them in a training row")
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     collection = Collection.load(folder, split or "test")
     queries = judged_queries(collection)
     random.Random(args.seed).shuffle(queries)
+    queries = queries[: args.queries]
     held_out = queries[: round(args.held_out * len(queries))]
     candidates = first_stage_candidates(collection, BM25(collection.documents), queries, args.depth)
     documents = {name: {"_id": name, **each} for name, each in collection.documents.items()}
