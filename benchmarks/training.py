@@ -99,7 +99,12 @@ def train_sentence_transformers(
     """Their trainer on the same folder."""
     from datasets import Dataset
     from sentence_transformers import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.base.sampler import DefaultBatchSampler
     from sentence_transformers.cross_encoder.losses import RankNetLoss
+    from torch.utils.data import SequentialSampler
+
+    def in_order(dataset: Dataset, **settings: Any) -> DefaultBatchSampler:
+        return DefaultBatchSampler(SequentialSampler(dataset), **settings)
 
     kwargs = {"dtype": torch.float32}
     encoder = CrossEncoder(str(folder), trust_remote_code=True, device=args.device.type, model_kwargs=kwargs)
@@ -108,7 +113,8 @@ def train_sentence_transformers(
     table = Dataset.from_list(
         [{"query": row["query"], "docs": row["documents"], "labels": row["labels"]} for row in rows]
     )
-    arguments = CrossEncoderTrainingArguments(**_common(args, output))
+    # Theirs shuffles whatever `train_sampling_strategy` says.
+    arguments = CrossEncoderTrainingArguments(batch_sampler=in_order, **_common(args, output))
     return CrossEncoderTrainer(encoder, arguments, train_dataset=table, loss=loss, callbacks=[clock])
 
 

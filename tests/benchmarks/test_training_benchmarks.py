@@ -15,7 +15,7 @@ def test_training_against_sentence_transformers(tmp_path):
     pytest.importorskip("sentence_transformers")
     threads = torch.get_num_threads()
     path = tmp_path / "training.json"
-    arguments = ["--shape", "tiny_dense", "--workload", "tiny", "--queries", "2", "--documents", "3", "--steps", "2"]
+    arguments = ["--shape", "tiny_dense", "--workload", "tiny", "--queries", "2", "--documents", "3", "--steps", "4"]
     training.main([*arguments, "--rounds", "1", "--peers", "sentence_transformers", "padded", "--json", str(path)])
     found = json.loads(path.read_text())
     assert [row["against"] for row in found["rows"]] == ["sentence_transformers", "padded"]
