@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,8 +53,10 @@ class Processes:
         return gather_object([value])
 
     def end(self) -> None:
-        """Disconnect them: processes that exit while they are connected may crash."""
+        """Disconnect them: processes that exit while they are connected may hang or crash."""
         if self.count > 1:
             from accelerate import PartialState
 
+            # A trainer that nothing needs any more still holds the connections.
+            gc.collect()
             PartialState().destroy_process_group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -31,6 +31,9 @@ from .rows import Row
 from .settings import DataArguments, ModelArguments, RunArguments, Settings, parse
 from .trainer import QueritTrainer
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 # Those of mixtures' attention among them; routed experts and routers keep what they have.
 _LINEAR_LAYERS = [
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -40,9 +43,16 @@ _LINEAR_LAYERS = [
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line or one YAML file says; see `querit train --help`."""
-    trainer = train(*parse(argv or []))
-    # Processes that exit while they are still connected to each other may crash.
-    trainer.accelerator.end_training()
+    disconnect(train(*parse(argv or [])).accelerator)
+
+
+def disconnect(accelerator: Accelerator) -> None:
+    """End what connects processes, before the interpreter does, which may hang or crash over it.
+
+    A model that was wrapped for several processes holds their connections, so nothing may hold the trainer.
+    """
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def train(

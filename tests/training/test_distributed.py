@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 
 from modeling_querit.files import write_jsonl
 from modeling_querit.training.run import main as train
+
+psutil = pytest.importorskip("psutil")
 
 # Lists of different lengths, so that the mean of two processes' means would be another loss.
 ROWS = [
@@ -29,12 +32,18 @@ ROWS = [
 # which accelerate decides without a word.
 DRIVER = """
 import json, sys
-from modeling_querit.training.run import train
+from pathlib import Path
+from modeling_querit.training.run import disconnect, train
 from modeling_querit.training.settings import parse
 for arguments in json.loads(sys.argv[1]):
     trainer = train(*parse(arguments))
     assert trainer.is_fsdp_enabled == ("--fsdp" in arguments)
-trainer.accelerator.end_training()
+accelerator, is_sharded = trainer.accelerator, trainer.is_fsdp_enabled
+del trainer
+disconnect(accelerator)
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+# They would be joined while the interpreter ends; of sharded weights torch itself keeps hold.
+assert is_sharded or not [name for name in threads if "gloo" in name], threads
 """
 LAYERS = {"qwen3": "Qwen3DecoderLayer", "deepseek_v3": "DeepseekV3DecoderLayer"}
 
@@ -69,10 +78,17 @@ def settings(batch_size, saved_folder, rows, output_dir, *more):
 
 def run_as_two(*command, **environment):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | environment
     command = [str(each) for each in (*launcher, *command)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr[-3000:]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, errors = process.communicate(timeout=400)
+    except subprocess.TimeoutExpired:
+        # Each says where it hangs.
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.send_signal(signal.SIGABRT)
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors[-9000:]
 
 
 def compare_runs(runs, rows, folder, **environment):
