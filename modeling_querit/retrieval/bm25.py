@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
 import bm25s
+import regex
 
 # Scripts written without spaces between words: their runs are indexed as overlapping pairs of characters.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_TOKEN = re.compile(rf"[{_UNSPACED}]+|[^\W{_UNSPACED}]+")
-_IS_UNSPACED = re.compile(rf"[{_UNSPACED}]")
+# Unlike that of `re`, its \w takes in the vowel signs of Indic scripts.
+TOKEN = regex.compile(rf"[{_UNSPACED}]+|(?:(?![{_UNSPACED}])[\w\p{{No}}])+")
+_IS_UNSPACED = regex.compile(rf"[{_UNSPACED}]")
 
 
 def tokenize(text: str) -> list[str]:
@@ -24,7 +25,7 @@ def tokenize(text: str) -> list[str]:
         ```
     """
     tokens: list[str] = []
-    for run in _TOKEN.findall(unicodedata.normalize("NFKC", text).lower()):
+    for run in TOKEN.findall(unicodedata.normalize("NFKC", text).lower()):
         if _IS_UNSPACED.match(run) and len(run) > 1:
             tokens.extend(run[i : i + 2] for i in range(len(run) - 1))
         else:

@@ -22,6 +22,9 @@ DOCUMENTS = {
         ("Straße", ["straße"]),
         ("ＡＢＣ", ["abc"]),
         ("кот и пёс", ["кот", "и", "пёс"]),
+        # Vowel signs are parts of words.
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("தமிழ் மொழி", ["தமிழ்", "மொழி"]),
     ],
 )
 def test_tokenize(text, tokens):
