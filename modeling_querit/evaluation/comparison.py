@@ -19,8 +19,15 @@ _RESAMPLES = 9_999
 
 
 def judged_queries(collection: Collection) -> list[str]:
-    """The queries that have a relevant document, by id."""
-    return sorted(query for query, grades in collection.qrels.items() if max(grades.values()) > 0)
+    """The queries that have a relevant document, by id.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    found = sorted(query for query, grades in collection.qrels.items() if max(grades.values(), default=0) > 0)
+    if not found:
+        raise ValueError(f"{collection.name}: its judgements have no relevant document, so nothing can be measured.")
+    return found
 
 
 def first_stage_candidates(collection: Collection, first_stage: Any, queries: Sequence[str], depth: int) -> Candidates:

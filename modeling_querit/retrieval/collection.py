@@ -70,6 +70,15 @@ class Collection:
         return sorted(path.stem for path in (Path(folder) / "qrels").glob("*.tsv"))
 
 
+def check_judgements(folder: str | os.PathLike, split: str) -> None:
+    """Whether a split has judgements.
+
+    Raises:
+        FileNotFoundError: if it has none.
+    """
+    _open(Path(folder) / "qrels" / f"{split}.tsv").close()
+
+
 def _open(path: Path) -> TextIO:
     zipped = path.with_name(path.name + ".gz")
     if path.exists():

@@ -34,6 +34,12 @@ def test_judged_queries_have_something_to_find():
     assert judged_queries(make_collection()) == ["q1", "q2"]
 
 
+@pytest.mark.parametrize("qrels", [{}, {"q1": {}}, {"q1": {"a": 0}, "q3": {"d": -1}}])
+def test_judgements_without_a_relevant_document(qrels):
+    with pytest.raises(ValueError, match="animals: its judgements have no relevant document"):
+        judged_queries(Collection("animals", DOCUMENTS, QUERIES, qrels))
+
+
 def test_candidates_are_the_first_of_the_first_stage():
     found = first_stage_candidates(make_collection(), BM25(DOCUMENTS), ["q2", "q1"], 2)
     assert {query: list(hits) for query, hits in found.items()} == {"q2": ["c", "b"], "q1": ["a", "b"]}
