@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from ..retrieval.dense import PACKAGES
 from ..retrieval.runs import is_run
@@ -12,7 +14,8 @@ from .candidates import BM25_NAME, FirstStage
 from .corpus import Document
 from .extractive import ExtractiveGenerator
 from .generators import EndpointGenerator, Generator, TransformersGenerator
-from .settings import EXTRACTIVE, CandidateSettings, TeacherSettings
+from .queries import check_styles
+from .settings import EXTRACTIVE, AdaptSettings, CandidateSettings, TeacherSettings, told
 from .teachers import CausalLMTeacher, CrossEncoderTeacher, EndpointTeacher, FirstStageTeacher, Teacher
 
 GENERATORS = {"transformers": TransformersGenerator, "endpoint": EndpointGenerator}
@@ -28,7 +31,9 @@ def make_first_stages(
     return {name: FirstStage(name, documents, **options) for name in settings.first_stages if not is_run(name)}
 
 
-def make_generators(settings: Mapping[str, Mapping[str, Any]], extractive: ExtractiveGenerator) -> dict[str, Generator]:
+def make_generators(
+    settings: Mapping[str, Mapping[str, Any]], extractive: ExtractiveGenerator | None
+) -> dict[str, Generator]:
     """Writers of queries, by name.
 
     Raises:
@@ -38,7 +43,11 @@ def make_generators(settings: Mapping[str, Mapping[str, Any]], extractive: Extra
     for name, given in settings.items():
         options = dict(given)
         kind = options.pop("type", name)
-        if kind == EXTRACTIVE and not options:
+        if kind == EXTRACTIVE:
+            if options:
+                raise ValueError(
+                    f"queries.generators.{name}: {EXTRACTIVE} has no option {next(iter(options))!r}: leave it out."
+                )
             found[name] = extractive
         else:
             found[name] = _make(GENERATORS, kind, options, f"queries.generators.{name}", [EXTRACTIVE])
@@ -60,7 +69,7 @@ def make_teachers(
     found: dict[str, Teacher] = {}
     for name, given in settings.items():
         options = dict(given.model_extra or {})
-        kind = given.type or (FIRST_STAGE if name in (*first_stages, BM25_NAME, *PACKAGES) else name)
+        kind = _kind_of(name, given, first_stages)
         if kind == FIRST_STAGE:
             model = options.pop("model", name)
             made = (
@@ -75,12 +84,32 @@ def make_teachers(
     return found
 
 
+def check_options(settings: AdaptSettings) -> None:
+    """Make the generators and teachers that need no documents, which loads nothing yet, to find mistakes early.
+
+    Raises:
+        ValueError: if a type or an option is unknown, or out of range.
+    """
+    check_styles(settings.queries.styles, settings.queries.per_document)
+    make_generators(settings.queries.generators, None)
+    known = settings.candidates.first_stages
+    rerankers = {name: each for name, each in settings.teachers.items() if _kind_of(name, each, known) != FIRST_STAGE}
+    make_teachers(rerankers, settings.candidates, {}, {}, Path())
+
+
+def _kind_of(name: str, given: TeacherSettings, first_stages: Container[str]) -> str:
+    is_index = name in first_stages or name == BM25_NAME or name in PACKAGES
+    return given.type or (FIRST_STAGE if is_index else name)
+
+
 def _make(
     kinds: Mapping[str, Callable[..., Any]], kind: str, options: dict[str, Any], where: str, more: Sequence[str] = ()
 ) -> Any:
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"{where}: type is {kind!r}: choose from {', '.join([*kinds, *more])}.")
     try:
         return kinds[kind](**options)
+    except ValidationError as error:
+        raise ValueError(f"{where}.{told(error)}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None

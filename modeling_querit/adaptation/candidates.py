@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,13 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..retrieval.bm25 import BM25
+from ..retrieval.bm25 import BM25, TOKEN
 from ..retrieval.dense import EXACT, PACKAGES, DenseIndex, load_encoder
 from ..retrieval.runs import Run, fuse, read_run
 from ..training.mining import Bands
 from .corpus import Document
 from .shards import key_of
 from .weights import identity_of
+
+logger = logging.getLogger(__name__)
 
 BM25_NAME = "bm25"
 
@@ -44,7 +47,7 @@ class FirstStage:
         if name == BM25_NAME:
             self._index: Any = BM25(documents)
             # How much a term weighs depends on all documents.
-            self.identity = ["bm25", version("bm25s"), key_of(texts).hex()]
+            self.identity = ["bm25", version("bm25s"), TOKEN.pattern, key_of(texts).hex()]
             return
         encoder = load_encoder(name)
         model = version(PACKAGES[name]) if name in PACKAGES else identity_of(name)
@@ -93,8 +96,11 @@ def rank_queries(
 
 def _checked(path: str, queries: Mapping[str, str], documents: Mapping[str, Document]) -> Run:
     run = read_run(path)
-    if not run.keys() & queries.keys():
+    ranked = len(run.keys() & queries.keys())
+    if not ranked:
         raise ValueError(f"{path} ranks none of the queries: its query ids are those of queries.jsonl.")
+    if ranked < len(queries):
+        logger.warning("%s ranks only %d of %d queries.", path, ranked, len(queries))
     for query, hits in run.items():
         for document, _ in hits:
             if document not in documents:

@@ -50,7 +50,7 @@ def read_documents(sources: Sequence[str], dropped: Counter[str]) -> Iterator[Do
             empty texts, and such that are no text but binary data.
 
     Yields:
-        `{"_id", "title", "text"}`; ids that are not given are numbers, and white space in them is `_`.
+        `{"_id", "title", "text"}`; ids that are not given are `#` and a number, and a space in them is `%20`.
 
     Raises:
         FileNotFoundError: if there is no such source.
@@ -119,8 +119,8 @@ def _clean(row: Any, number: int) -> tuple[Document, str | None]:
     if not isinstance(title, str):
         return {}, "title is no text"
     # Runs are files whose fields are divided by white space.
-    given = (tidy(str(row[name])).replace(" ", "_") for name in ("_id", "id", "docid") if row.get(name) is not None)
-    document = {"_id": next(filter(None, given), str(number)), "title": tidy(title), "text": tidy(row["text"])}
+    given = (tidy(str(row[name])).replace(" ", "%20") for name in ("_id", "id", "docid") if row.get(name) is not None)
+    document = {"_id": next(filter(None, given), f"#{number}"), "title": tidy(title), "text": tidy(row["text"])}
     if not any(map(str.isalnum, document["text"])):
         return document, "empty"
     raw = row["text"]
@@ -198,7 +198,8 @@ def drop_near_duplicates(
     """
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(threshold=similarity, num_perm=_PERMUTATIONS)
+    # It finds candidates only: better too many than too few. For thresholds closer to 1 it has no bands.
+    index = MinHashLSH(threshold=min(similarity, 0.99), num_perm=_PERMUTATIONS, weights=(0.05, 0.95))
     sketches: dict[str, Any] = {}
     exact: set[bytes] = set()
     for document in documents:

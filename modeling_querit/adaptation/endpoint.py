@@ -7,9 +7,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import httpx
+from pydantic import Field, NonNegativeFloat, PositiveInt, validate_call
 from pyrate_limiter import Duration, Limiter, Rate
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
@@ -59,26 +60,27 @@ class Endpoint:
         backoff: Seconds of the first wait, at most; waits are drawn.
 
     Raises:
-        ValueError: if the url has no scheme, a number is below 1, or there is no key.
+        ValueError: if the url has no scheme or is none, a number is below 1, or there is no key.
     """
 
+    @validate_call
     def __init__(
         self,
         url: str,
         *,
-        concurrency: int = 8,
-        requests_per_minute: int | None = None,
-        attempts: int = 6,
-        timeout: float = 120.0,
+        concurrency: PositiveInt = 8,
+        requests_per_minute: PositiveInt | None = None,
+        attempts: PositiveInt = 6,
+        timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0,
         api_key_variable: str | None = None,
-        backoff: float = 1.0,
+        backoff: NonNegativeFloat = 1.0,
     ):
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url is {url!r}: it begins with http:// or https://.")
-        numbers = {"concurrency": concurrency, "attempts": attempts, "requests_per_minute": requests_per_minute}
-        for name, value in numbers.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: at least 1.")
+        try:
+            httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"url is {url!r}: {error}.") from None
         self.url, self.concurrency, self._timeout = url, concurrency, timeout
         #: How often a request was repeated, by what was wrong.
         self.repeated: Counter[str] = Counter()
@@ -98,6 +100,10 @@ class Endpoint:
             before_sleep=self._count,
             reraise=True,
         )
+
+    def known_to_answer(self) -> None:
+        """Answers of it are on disk: what it refuses now, it would not refuse all of."""
+        self._answered = True
 
     def ask(self, payload: dict[str, Any], parse: Callable[[Any], Answer]) -> Answer:
         """Send a request, and return what `parse` makes of its answer; it raises `Malformed` if it cannot.

@@ -28,14 +28,13 @@ def fingerprint_of(settings: AdaptSettings, stage: str, sections: Sequence[str],
     """
     given = settings.model_dump(mode="json", include=set(sections))
     hashes = [sha256(path) for path in (*reads, *_files_of(settings, stage))]
-    return key_of(given, settings.seed, hashes, identities_of(_models_of(settings, sections))).hex()
+    return key_of(given, settings.seed, hashes, identities_of(models_of(settings, sections))).hex()
 
 
 def _files_of(settings: AdaptSettings, name: str) -> list[Path]:
     """Files of the user's that a stage reads."""
     if name == "corpus":
-        sources = map(Path, settings.corpus.sources)
-        found = [path for each in sources for path in (sorted(each.glob("corpus.jsonl*")) if each.is_dir() else [each])]
+        found = [path for each in settings.corpus.source for path in _files_of_source(each)]
     elif name == "queries":
         found = [settings.queries.examples] if settings.queries.examples else []
     elif name == "candidates":
@@ -50,7 +49,15 @@ def _files_of(settings: AdaptSettings, name: str) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
-def _models_of(settings: AdaptSettings, sections: Sequence[str]) -> list[str]:
+def _files_of_source(source: str) -> list[Path]:
+    path, dataset = Path(source), Path(source.partition(":")[0])
+    if path.is_dir() and (found := sorted(path.glob("corpus.jsonl*"))):
+        return found
+    # A dataset that is a folder is read whole.
+    return sorted(each for each in dataset.rglob("*") if each.is_file()) if dataset.is_dir() else [path]
+
+
+def models_of(settings: AdaptSettings, sections: Sequence[str]) -> list[str]:
     """Names of the models that sections ask for."""
     found = [*settings.candidates.first_stages] if "candidates" in sections else []
     if "queries" in sections:

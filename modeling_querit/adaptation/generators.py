@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, validate_call
 
 from .corpus import cut, tidy
 from .endpoint import Endpoint, Malformed, Refused
@@ -49,18 +50,19 @@ class TransformersGenerator:
         seed: Of the draws, which depend on seed and batch alone.
     """
 
+    @validate_call
     def __init__(
         self,
         model: str,
         *,
         template: str = INSTRUCTION,
         shots: Sequence[Sequence[str]] = (),
-        max_chars: int = 2000,
-        max_new_tokens: int = 64,
-        temperature: float = 0.7,
+        max_chars: PositiveInt = 2000,
+        max_new_tokens: PositiveInt = 64,
+        temperature: NonNegativeFloat = 0.7,
         top_p: float = 0.95,
-        batch_size: int = 16,
-        seed: int = 0,
+        batch_size: PositiveInt = 16,
+        seed: NonNegativeInt = 0,
     ):
         self.name, self.template, self.max_chars, self.batch_size = model, template, max_chars, batch_size
         self.shots = [({"title": "", "text": text}, query) for text, query in shots]
@@ -141,6 +143,7 @@ class EndpointGenerator:
         **options: Those of `Endpoint`.
     """
 
+    @validate_call
     def __init__(
         self,
         url: str,
@@ -148,11 +151,11 @@ class EndpointGenerator:
         *,
         template: str = INSTRUCTION,
         version: str = "1",
-        max_chars: int = 8000,
-        max_tokens: int = 96,
-        temperature: float = 0.7,
-        seed: int = 0,
-        batch_size: int = 64,
+        max_chars: PositiveInt = 8000,
+        max_tokens: PositiveInt = 96,
+        temperature: NonNegativeFloat = 0.7,
+        seed: NonNegativeInt = 0,
+        batch_size: PositiveInt = 64,
         extra_body: dict[str, Any] | None = None,
         **options: Any,
     ):

@@ -66,7 +66,15 @@ class Manifest:
         write_json(manifest, self.path)
 
     def _read(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        if not self.path.exists():
+            return {}
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not isinstance(found.get("stages", {}), dict):
+            raise ValueError(f"{self.path} is damaged: remove it, and all stages are done again, from what is cached.")
+        return found
 
 
 def in_words(counts: Mapping[str, Any]) -> str:

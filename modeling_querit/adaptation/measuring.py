@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-
 from ..evaluation.comparison import Candidates, by_score, first_stage_candidates, judged_queries, measure, p_value
 from ..evaluation.metrics import mean
 from ..retrieval.collection import Collection
@@ -17,9 +15,9 @@ from ..training.distillation import TEACHERS_FILE
 from .building import make_first_stages, make_teachers
 from .candidates import Fused
 from .corpus import Document
-from .scoring import score_pairs
+from .scoring import kept_scores, score_pairs
 from .settings import AdaptSettings
-from .shards import Shards, key_of
+from .shards import key_of
 from .teachers import CrossEncoderTeacher, Teacher, pair_key
 
 GENERAL, ADAPTED = "general", "adapted"
@@ -64,7 +62,7 @@ def evaluate(settings: AdaptSettings, source: str, others: Mapping[str, Path] | 
             rankings[name][query] = by_score(found, _known(scores[name][query]))
     figures = measure(collection, rankings)
     return {
-        "collection": collection.name,
+        "collection": collection.name if split in ("", "test") else f"{collection.name}:{split}",
         "queries": len(queries),
         **{name: 100 * mean(each) for name, each in figures.items()},
         "p_value": p_value(figures[ADAPTED], figures[GENERAL], settings.seed),
@@ -100,6 +98,6 @@ def scores_of(
     score_pairs({name: scorers[name] for name in asked.values()}, every, folder)
     found: dict[str, dict[str, list[float | None]]] = {}
     for name, scorer in scorers.items():
-        kept = Shards(folder / asked[key_of(scorer.identity)], pyarrow.float64())
+        kept = kept_scores(folder, asked[key_of(scorer.identity)])
         found[name] = {query: [kept.get(pair_key(scorer, pair)) for pair in each] for query, each in pairs.items()}
     return found

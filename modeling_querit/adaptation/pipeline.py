@@ -15,34 +15,40 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+from filelock import FileLock, Timeout
 
-from ..files import sha256, write_jsonl
+from ..files import replacing, sha256, write_jsonl
+from ..retrieval.collection import check_judgements
 from ..retrieval.dense import check_package
 from ..retrieval.runs import is_run, write_run
 from ..training.record import FREE
 from ..training.run import train
 from ..training.settings import as_flags, parse
 from . import corpus as corpora
-from .building import make_first_stages, make_generators, make_teachers
+from .building import check_options, make_first_stages, make_generators, make_teachers
 from .candidates import FirstStage, Fused, draw_candidates, rank_queries
 from .corpus import Document
 from .extractive import ExtractiveGenerator
 from .filters import Query, judged
-from .fingerprints import fingerprint_of, identities_of
+from .fingerprints import fingerprint_of, identities_of, models_of
 from .generators import Generator
 from .manifest import Manifest, in_words
 from .processes import Processes
+from .prompts import read_examples
 from .queries import requests_for, write_queries
 from .report import write_report
 from .scoring import pairs_of, rows_of, score_pairs
 from .settings import EXTRACTIVE, AdaptSettings
 from .shards import Shards, key_of
 from .teachers import Teacher
+from .weights import check_there
 
 logger = logging.getLogger(__name__)
 
 # In the folder of training: what it was begun with.
 _MARK = "fingerprint.txt"
+_LOCK = ".lock"
+_LENGTH = {"max_steps", "num_train_epochs"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ _STAGES = (
     Stage(
         "report",
         ("queries.jsonl", "train.jsonl"),
-        ("report/report.md", "report/figures.json"),
+        ("report/report.md", "report/figures.json", "report/*.png"),
         (
             *("evaluation", "evaluation_depth", "evaluation_max_length", "evaluation_dtype"),
             *("train", "teachers", "candidates"),
@@ -133,14 +139,25 @@ class Adaptation:
         for name in stages:
             if name not in STAGES:
                 raise ValueError(f"stage is {name!r}: choose from {', '.join(STAGES)}.")
-        # Not in the middle of the night.
+        self._check()
+        self._forget()
+        with self._alone():
+            for stage in _STAGES:
+                if stage.name in stages and (stage.is_shared_out or self.processes.is_main):
+                    self._do(stage)
+                self.processes.wait()
+
+    def _check(self) -> None:
+        """What can be told now is not told in the middle of the night."""
         for name in (*self.settings.candidates.first_stages, *self.settings.teachers):
             check_package(name)
+        for name in models_of(self.settings, ("queries", "candidates", "teachers", "train")):
+            check_there(name)
+        check_options(self.settings)
         as_flags(self.settings.training(self.data / "train.jsonl", self.folder / "train"), "the section train")
-        for stage in _STAGES:
-            if stage.name in stages and (stage.is_shared_out or self.processes.is_main):
-                self._do(stage)
-            self.processes.wait()
+        for source in self.settings.evaluation:
+            folder, _, split = source.partition(":")
+            check_judgements(folder, split or "test")
 
     # -- Stages
 
@@ -148,12 +165,12 @@ class Adaptation:
         """Documents, and those of them that queries are written for."""
         args, dropped = self.settings.corpus, Counter()
         cut: Counter[str] = Counter()
-        read = corpora.cut_all(corpora.read_documents(args.sources, dropped), args.max_chars, cut)
+        read = corpora.cut_all(corpora.read_documents(args.source, dropped), args.max_chars, cut)
         wanted = corpora.with_languages(read, args.languages, dropped)
         documents = list(corpora.drop_near_duplicates(wanted, dropped, args.similarity))
         if len(documents) < 2:
             raise ValueError(
-                f"{', '.join(args.sources)}: {len(documents)} documents are left, but a reranker compares two or more. "
+                f"{', '.join(args.source)}: {len(documents)} documents are left, but a reranker compares two or more. "
                 f"Dropped: {in_words(dropped) or 'none'}."
             )
         chosen = corpora.sample(documents, args.sample, self.settings.seed)
@@ -166,8 +183,7 @@ class Adaptation:
         """Queries for the sample, and what was dropped."""
         args, dropped, reasons = self.settings.queries, Counter(), []
         sample = [self.documents[name] for name in _jsonl(self.data / "sample.jsonl")]
-        examples = args.examples.read_text(encoding="utf-8").split("\n") if args.examples else []
-        examples = [line.strip() for line in examples if line.strip()]
+        examples = read_examples(args.examples) if args.examples else []
         options = (args.styles, args.per_document, args.languages, examples, self.settings.seed)
         requests = requests_for(sample, *options)
         kept = Shards(self.kept / "queries", pyarrow.string())
@@ -229,8 +245,8 @@ class Adaptation:
         rows, folder = self.data / "train.jsonl", self.folder / "train"
         given = self.settings.training(rows, folder)
         if self.processes.is_main:
-            # Training goes on, if it stopped, as long as these are the same.
-            deciding = {name: value for name, value in given.items() if name not in FREE}
+            # Training goes on, if it stopped, as long as these are the same: of another length, rates would be others.
+            deciding = {name: value for name, value in given.items() if name not in FREE - _LENGTH}
             _make_way(folder, key_of(deciding, sha256(rows), identities_of([given["model"]])).hex())
         self.processes.wait()
         train(*parse(as_flags(given, "the section train")))
@@ -238,6 +254,8 @@ class Adaptation:
 
     def do_report(self) -> dict[str, Any]:
         """`report/report.md`, and its pictures."""
+        if missing := [name for name in STAGES[:-2] if name not in self.manifest.stages]:
+            raise ValueError(f"{self.manifest.path} does not tell of stage {missing[0]}: do it before the report.")
         rows = list(_jsonl(self.data / "train.jsonl"))
         return write_report(self.settings, self.manifest.stages, self.queries, rows)
 
@@ -275,6 +293,23 @@ class Adaptation:
 
     # -- What has been done
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other command works in the folder."""
+        if not self.processes.is_main:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"Another querit adapt is at work in {self.folder}: wait for it, or end it.") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def _do(self, stage: Stage) -> None:
         missing = [name for name in stage.reads if not (self.data / name).exists()]
         if missing:
@@ -298,8 +333,20 @@ class Adaptation:
         if self.processes.is_main:
             self.echo(f"{STAGES.index(stage.name) + 1}/{len(STAGES)} {stage.name}: {in_words(counts) or 'done'}")
 
+    def _forget(self) -> None:
+        """What was loaded in a run before belongs to files that may be others now."""
+        for name, value in vars(type(self)).items():
+            if isinstance(value, cached_property):
+                vars(self).pop(name, None)
+
     def _fingerprint(self, stage: Stage) -> str:
-        return fingerprint_of(self.settings, stage.name, stage.sections, [self.data / name for name in stage.reads])
+        reads = [self.data / name for name in stage.reads]
+        found = fingerprint_of(self.settings, stage.name, stage.sections, reads)
+        # It tells of them, too.
+        return key_of(found, self._counts()).hex() if stage.name == "report" else found
+
+    def _counts(self) -> dict[str, Any]:
+        return {name: each["counts"] for name, each in self.manifest.stages.items() if name != "report"}
 
 
 def _make_way(folder: Path, fingerprint: str) -> None:
@@ -310,8 +357,9 @@ def _make_way(folder: Path, fingerprint: str) -> None:
         aside = next(path for path in names if not path.exists())
         folder.rename(aside)
         logger.warning("%s was made with other rows, settings or weights: it is %s now.", folder, aside)
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(fingerprint)
+    if not mark.exists():
+        with replacing(mark) as aside:
+            aside.write_text(fingerprint, encoding="utf-8")
 
 
 def _repeated(asked: Mapping[str, Any]) -> Counter[str]:

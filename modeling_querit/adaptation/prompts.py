@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .corpus import Document
 
@@ -50,6 +51,19 @@ class Request:
     def __post_init__(self) -> None:
         if self.style not in STYLES:
             raise ValueError(f"style is {self.style!r}: choose from {', '.join(STYLES)}.")
+
+
+def read_examples(path: Path) -> list[str]:
+    """The lines of a file that are not empty.
+
+    Raises:
+        ValueError: if it is not UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}; save it as UTF-8.") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def instruction_of(request: Request, template: str = INSTRUCTION) -> str:

@@ -39,14 +39,7 @@ def requests_for(
         examples: Real queries of the target, without labels; a few are shown with each request.
         seed: Of the draws, which depend on the document's id and nothing else.
     """
-    unknown = [style for style in styles if style not in STYLES]
-    if unknown:
-        raise ValueError(f"style {unknown[0]!r} is unknown: choose from {', '.join(STYLES)}.")
-    for style, weight in styles.items():
-        if not weight > 0:
-            raise ValueError(f"the weight of style {style!r} is {weight}: it has to be above 0.")
-    if not 0 < per_document <= len(styles):
-        raise ValueError(f"per_document is {per_document}, with {len(styles)} styles: a style is written once.")
+    check_styles(styles, per_document)
     found = []
     for document in documents:
         rng = random.Random(f"{seed}/{document['_id']}")
@@ -55,6 +48,22 @@ def requests_for(
             shown = tuple(rng.sample(list(examples), min(_EXAMPLES, len(examples))))
             found.append(Request(document, style, language, shown))
     return found
+
+
+def check_styles(styles: Mapping[str, float], per_document: int) -> None:
+    """Whether so many styles can be drawn.
+
+    Raises:
+        ValueError: if a style is unknown, a weight is not above 0, or there are fewer styles.
+    """
+    unknown = [style for style in styles if style not in STYLES]
+    if unknown:
+        raise ValueError(f"style {unknown[0]!r} is unknown: choose from {', '.join(STYLES)}.")
+    for style, weight in styles.items():
+        if not weight > 0:
+            raise ValueError(f"the weight of style {style!r} is {weight}: it has to be above 0.")
+    if not 0 < per_document <= len(styles):
+        raise ValueError(f"per_document is {per_document}, with {len(styles)} styles: a style is written once.")
 
 
 def _drawn(weights: Mapping[str, float], count: int, rng: random.Random) -> list[str]:
@@ -83,6 +92,8 @@ def write_queries(
     unanswered: list[Request] = []
     for place, (name, generator) in enumerate(generators.items()):
         some = requests[place :: len(generators)]
+        if hasattr(generator, "endpoint") and any(_key(generator, request) in kept for request in some):
+            generator.endpoint.known_to_answer()
         for start in range(0, len(some), generator.batch_size):
             batch = some[start : start + generator.batch_size]
             keys = [_key(generator, request) for request in batch]

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow
 
@@ -44,7 +45,9 @@ def score_pairs(
     """
     set_aside: Counter[str] = Counter()
     for name, teacher in teachers.items():
-        kept = Shards(folder / name, pyarrow.float64())
+        kept = kept_scores(folder, name)
+        if hasattr(teacher, "endpoint") and any(pair_key(teacher, pair) in kept for pair in pairs):
+            teacher.endpoint.known_to_answer()
         for start in range(process * teacher.batch_size, len(pairs), processes * teacher.batch_size):
             batch = pairs[start : start + teacher.batch_size]
             asked = {key: pair for pair in batch if (key := pair_key(teacher, pair)) not in kept}
@@ -57,6 +60,11 @@ def score_pairs(
                 kept.add(known)
             advance(len(batch))
     return set_aside
+
+
+def kept_scores(folder: Path, name: str) -> Shards:
+    """Those of a teacher, which may be named after a path."""
+    return Shards(folder / quote(name, safe="").replace(".", "%2E"), pyarrow.float64())
 
 
 def _is_number(score: float | None) -> bool:
@@ -86,7 +94,7 @@ def rows_of(
         masked: Share of queries whose source is without what they copied from it.
         seed: Of the draw, which depends on the query's id and nothing else.
     """
-    kept = {name: Shards(folder / name, pyarrow.float64()) for name in teachers}
+    kept = {name: kept_scores(folder, name) for name in teachers}
     for candidate in candidates:
         query = queries[candidate["query"]]
         found: list[tuple[Document, list[float]]] = []

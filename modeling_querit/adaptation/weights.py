@@ -13,6 +13,12 @@ from ..files import sha256
 _DECIDING = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.model", "vocab.txt", "merges.txt", "*.jinja")
 
 
+def check_there(name: str) -> None:
+    """Refuse the path of a folder that does not exist, which would be taken for a repository."""
+    if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
+        raise FileNotFoundError(f"There is no folder {name}.")
+
+
 def identity_of(name: str) -> Any:
     """Hashes of a folder's files, or the commit of a repository."""
     folder = default_model_path() if name == MINI_NAME else Path(name)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
@@ -181,9 +181,16 @@ def as_flags(settings: Mapping[str, Any], where: str) -> list[str]:
     """A mapping of settings as flags.
 
     Raises:
-        ValueError: if one is unknown; the message says `where`.
+        ValueError: if one is unknown, or not of its type; the message says `where`.
     """
-    actions = {action.dest: action for action in _parser()._actions}
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{where}: {message}.")
+
+    parser = _parser()
+    # By itself it would print how it is used, and end the process.
+    parser.error = refuse
+    actions = {action.dest: action for action in parser._actions}
     if unknown := sorted(set(settings) - actions.keys(), key=str):
         raise ValueError(f"{where}: {unknown[0]!r} is no setting; see querit train --help.")
     flags: list[str] = []
@@ -196,6 +203,7 @@ def as_flags(settings: Mapping[str, Any], where: str) -> list[str]:
                 value = "no"
             values = [] if is_bare else value if isinstance(value, list) else [value]
             flags += [f"--{name}", *(_as_text(each) for each in values)]
+    parser.parse_args(flags)
     return flags
 
 

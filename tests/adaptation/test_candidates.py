@@ -102,7 +102,7 @@ def test_runs_are_known_by_their_names(name, expected):
     assert is_run(name) == expected
 
 
-def test_ranks_by_indexes_and_runs_together(tmp_path):
+def test_ranks_by_indexes_and_runs_together(tmp_path, caplog):
     stage = FirstStage("bm25", DOCUMENTS)
     run = {"q1": [("d30", 3.0), ("d31", 2.0), ("d32", 1.0)], "another": [("d1", 1.0)]}
     write_run(run, tmp_path / "a.trec")
@@ -110,6 +110,7 @@ def test_ranks_by_indexes_and_runs_together(tmp_path):
     assert alone == dict(zip(QUERIES, stage.search(list(QUERIES.values()), 4), strict=True))
     only_run = rank_queries(QUERIES, DOCUMENTS, [], [str(tmp_path / "a.trec")], 2)
     assert only_run == {"q1": run["q1"][:2], "q2": []}
+    assert "a.trec ranks only 1 of 2 queries." in caplog.text
     together = rank_queries(QUERIES, DOCUMENTS, [stage], [str(tmp_path / "a.trec")], 4)
     assert list(together) == ["q1", "q2"]
     assert {each for each, _ in together["q1"]} <= {each for each, _ in alone["q1"] + run["q1"]}

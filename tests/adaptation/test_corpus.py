@@ -190,7 +190,7 @@ def test_a_large_document(path):
 def test_ids(path):
     ids = [{"_id": 3}, {"_id": None, "id": 7}, {"docid": "x"}, {"_id": "a", "id": "b"}, {}, {"_id": 1.5}, {"_id": 0}]
     documents, _ = read_rows(path, *({**each, "text": "A fox."} for each in ids))
-    assert [each["_id"] for each in documents] == ["3", "7", "x", "a", "4", "1.5", "0"]
+    assert [each["_id"] for each in documents] == ["3", "7", "x", "a", "#4", "1.5", "0"]
 
 
 def test_numbers_for_ids_do_not_collide_between_files(tmp_path):
@@ -198,7 +198,7 @@ def test_numbers_for_ids_do_not_collide_between_files(tmp_path):
         write_jsonl([{"text": f"fox {name}"}, {"text": f"hen {name}"}], tmp_path / f"{name}.jsonl")
     dropped = Counter()
     documents = list(read_documents([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], dropped))
-    assert [each["_id"] for each in documents] == ["0", "1", "2", "3"]
+    assert [each["_id"] for each in documents] == ["#0", "#1", "#2", "#3"]
     assert not dropped
 
 
@@ -317,6 +317,11 @@ def test_similarity_decides():
     texts = [" ".join(WORDS), " ".join(WORDS[:200] + [f"other{n}" for n in range(200)])]
     assert distinct(texts, 0.9)[0] == [0, 1]
     assert distinct(texts, 0.15)[0] == [0]
+
+
+def test_only_what_is_the_same_is_dropped():
+    texts = [" ".join(WORDS), " ".join(WORDS[40:]), " ".join(WORDS).upper()]
+    assert distinct(texts, 1.0)[0] == [0, 1]
 
 
 def test_the_same_words_in_another_order_are_another_text():

@@ -8,7 +8,7 @@ from pyrate_limiter import Rate
 from werkzeug import Response
 
 from modeling_querit.adaptation import endpoint as module
-from modeling_querit.adaptation.endpoint import Endpoint, Malformed, Unavailable
+from modeling_querit.adaptation.endpoint import Endpoint, Malformed, Refused, Unavailable
 
 HTTPServer = pytest.importorskip("pytest_httpserver").HTTPServer
 
@@ -142,6 +142,20 @@ def test_what_will_not_pass_is_asked_once(server, code):
         endpoint.ask({}, answer_of)
     assert len(served.asked) == 1
     assert endpoint.repeated == {}
+
+
+def test_a_server_that_refuses_all_is_told_from_one_that_refuses_some(server):
+    """A question may be too long for it; if all are refused, something else is wrong."""
+    served = Served(server, status(400))
+    new, known = make_endpoint(served.url), make_endpoint(served.url)
+    known.known_to_answer()
+    kinds = []
+    for endpoint in (new, known):
+        for _ in range(12):
+            with pytest.raises(ValueError, match="answered 400") as caught:
+                endpoint.ask({}, answer_of)
+            kinds.append(type(caught.value))
+    assert kinds == [Refused] * 8 + [ValueError] * 4 + [Refused] * 12
 
 
 def test_retry_after_is_waited_for(server):
@@ -306,10 +320,14 @@ def test_a_failing_item_ends_the_run_while_the_first_is_under_way(server):
     [
         ({"url": "localhost:8000/v1"}, "begins with http"),
         ({"url": "ftp://localhost"}, "begins with http"),
-        ({"concurrency": 0}, "concurrency is 0"),
-        ({"attempts": 0}, "attempts is 0"),
-        ({"requests_per_minute": 0}, "requests_per_minute is 0"),
-        ({"requests_per_minute": -5}, "requests_per_minute is -5"),
+        ({"url": 80}, "(?s)url.*valid string"),
+        ({"concurrency": 0}, "(?s)concurrency.*greater than 0"),
+        ({"concurrency": "many"}, "(?s)concurrency.*valid integer"),
+        ({"attempts": 0}, "(?s)attempts.*greater than 0"),
+        ({"requests_per_minute": 0}, "(?s)requests_per_minute.*greater than 0"),
+        ({"requests_per_minute": -5}, "(?s)requests_per_minute.*greater than 0"),
+        ({"timeout": -1}, "(?s)timeout.*greater than 0"),
+        ({"timeout": float("inf")}, "(?s)timeout.*finite"),
     ],
 )
 def test_options_that_mean_nothing(options, message):

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import tiny
 import yaml
+from filelock import FileLock
 from safetensors.torch import save_file
 from small_adaptations import dataset_of, make_documents, make_settings, make_values, manifest_of, write_collection
 
@@ -11,6 +12,7 @@ from modeling_querit import QueritForSequenceRanking
 from modeling_querit.adaptation import pipeline
 from modeling_querit.adaptation.pipeline import STAGES, Adaptation
 from modeling_querit.adaptation.settings import AdaptSettings
+from modeling_querit.adaptation.teachers import CrossEncoderTeacher
 from modeling_querit.cli import main as run_cli
 from modeling_querit.files import write_jsonl
 
@@ -103,16 +105,37 @@ def test_a_changed_document_is_scored_anew_and_nothing_else(settings, tmp_path, 
     documents[0]["text"] += " It was seen again."
     write_jsonl(documents, tmp_path / "collection" / "corpus.jsonl")
     scored = []
-    run = Adaptation(settings)
-    run.run(DATA[:1])
-    score = run.teachers["student"].score
-    monkeypatch.setattr(run.teachers["student"], "score", lambda pairs: scored.extend(pairs) or score(pairs))
-    run.run(DATA)
+    score = CrossEncoderTeacher.score
+    monkeypatch.setattr(CrossEncoderTeacher, "score", lambda self, pairs: scored.extend(pairs) or score(self, pairs))
+    Adaptation(settings).run(DATA)
     again = {row["source"]: row for row in lines_of(settings.output_dir / "data" / "train.jsonl")}
     known = {(row["query"], each["text"]) for row in rows.values() for each in row["documents"]}
     assert scored
     assert not [pair for pair in scored if (pair[0], pair[1]["text"]) in known]
     assert again.keys() & rows.keys()
+
+
+def test_a_run_that_is_repeated_reads_its_files_anew(settings, tmp_path):
+    adaptation = Adaptation(settings)
+    adaptation.run(DATA)
+    write_jsonl(make_documents(24), tmp_path / "collection" / "corpus.jsonl")
+    adaptation.run(DATA)
+    again = Adaptation(settings.model_copy(update={"output_dir": tmp_path / "again"}))
+    again.run(DATA)
+    # Scores that are kept were made in other batches.
+    found, expected = dataset_of(settings.output_dir), dataset_of(tmp_path / "again")
+    assert found.pop("train.jsonl").count(b"\n") == expected.pop("train.jsonl").count(b"\n")
+    assert found == expected
+
+
+def test_a_dataset_that_is_a_folder_is_read_again_when_it_changes(tmp_path, folder, monkeypatch):
+    write_jsonl(make_documents(), tmp_path / "dataset" / "train.jsonl")
+    monkeypatch.chdir(tmp_path)
+    settings = make_settings(tmp_path, folder, corpus={"source": "dataset:train"})
+    for count in (36, 24):
+        write_jsonl(make_documents(count), tmp_path / "dataset" / "train.jsonl")
+        Adaptation(settings).run(STAGES[:1])
+        assert manifest_of(tmp_path / "run")["stages"]["corpus"]["counts"]["documents"] == count
 
 
 def test_a_run_that_has_ended_takes_other_settings(settings, tmp_path, folder):
@@ -130,6 +153,11 @@ def test_a_run_that_has_ended_takes_other_settings(settings, tmp_path, folder):
     # Settings that change no weights leave it where it is.
     Adaptation(make_settings(tmp_path, folder, queries={"masked": 0.0}, train={"logging_steps": 2})).run(STAGES[:5])
     assert len(list(settings.output_dir.glob("train-*"))) == 2
+    # A longer training has other learning rates from its first step on.
+    Adaptation(make_settings(tmp_path, folder, queries={"masked": 0.0}, train={"max_steps": 6})).run(STAGES[:5])
+    assert len(list(settings.output_dir.glob("train-*"))) == 3
+    state = json.loads((settings.output_dir / "train" / "trainer_state.json").read_text())
+    assert [each["step"] for each in state["log_history"] if "loss" in each] == [1, 2, 3, 4, 5, 6]
 
 
 def test_another_model_under_the_same_name_is_asked_anew(tmp_path, folder):
@@ -172,6 +200,45 @@ def test_other_judgements_make_another_report(tmp_path, folder):
     assert ["done before" in line for line in said[6:]] == [True] * 5 + [False]
     (figures,) = json.loads((settings.output_dir / "report" / "figures.json").read_text())["rows"]
     assert figures["first_stage"] < 100
+
+
+def test_a_picture_that_was_removed_is_drawn_again(tmp_path, folder):
+    write_collection(tmp_path / "collection")
+    settings = make_settings(tmp_path, folder)
+    Adaptation(settings).run()
+    picture = settings.output_dir / "report" / "scores.png"
+    picture.unlink()
+    Adaptation(settings).run()
+    assert picture.exists()
+
+
+def test_the_report_tells_of_all_stages(tmp_path, folder):
+    write_collection(tmp_path / "collection")
+    settings = make_settings(tmp_path, folder)
+    Adaptation(settings).run()
+    manifest = settings.output_dir / "manifest.json"
+    stages = manifest_of(settings.output_dir)
+    del stages["stages"]["queries"]
+    manifest.write_text(json.dumps(stages))
+    with pytest.raises(ValueError, match=r"manifest.json does not tell of stage queries: do it before the report"):
+        Adaptation(settings).run(["report"])
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"stages": []}', "\x00"])
+def test_a_manifest_that_is_damaged(settings, content):
+    Adaptation(settings).run(STAGES[:1])
+    (settings.output_dir / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: remove it"):
+        Adaptation(settings).run(STAGES[:1])
+    (settings.output_dir / "manifest.json").unlink()
+    Adaptation(settings).run(STAGES[:1])
+
+
+def test_one_command_works_in_a_folder_at_a_time(settings):
+    settings.output_dir.mkdir()
+    with FileLock(settings.output_dir / ".lock"), pytest.raises(ValueError, match=r"Another querit adapt is at work"):
+        Adaptation(settings).run(DATA)
+    Adaptation(settings).run(STAGES[:1])
 
 
 def test_a_run_in_the_home_directory(tmp_path, folder, monkeypatch):
@@ -233,6 +300,19 @@ def test_two_documents_are_enough(tmp_path, folder):
         ({"teachers": {"bm25": {"weight": -1}}}, r"teachers.bm25.weight: Input should be greater"),
         ({"teachers": {"bm25": {"type": "oracle"}}}, r"teachers.bm25.type: Input should be"),
         ({"candidates": {"first_stages": []}}, r"candidates.first_stages: List should have at least 1"),
+        ({"candidates": {"first_stages": [" "]}}, r"candidates.first_stages.0: String should have at least 1"),
+        ({"corpus": {"source": ""}}, r"corpus.source.0: String should have at least 1"),
+        ({"corpus": {"source": []}}, r"corpus.source: List should have at least 1"),
+        ({"queries": {"styles": {"title": float("inf")}}}, r"queries.styles.title: Input should be a finite"),
+        (
+            {"queries": {"generators": {"transformers": {"model": ""}}}},
+            r"generators.transformers: .*model is ''",
+        ),
+        ({"teachers": {"bm25": {"weight": float("inf")}}}, r"teachers.bm25.weight: Input should be a finite"),
+        ({"teachers": {"cross-encoder": {"model": 3}}}, r"teachers.cross-encoder: .*model is 3"),
+        ({"train": {"model": None}}, r"train: .*model is None"),
+        ({"seed": -1}, r"seed: Input should be greater"),
+        ({"seed": 2**32}, r"seed: Input should be less"),
     ],
 )
 def test_settings_that_mean_nothing_are_named(tmp_path, folder, section, message):
@@ -249,15 +329,26 @@ def test_settings_that_mean_nothing_are_named(tmp_path, folder, section, message
         ({"queries": {"generators": {"endpoint": {"url": "x", "model": "m"}}}}, "url is 'x/chat/completions'"),
         ({"queries": {"styles": {"haiku": 1.0}}}, "style 'haiku' is unknown"),
         ({"teachers": {"causal-lm": {"model": "x", "prompt": "{query}"}}}, "prompt has no {document}"),
-        ({"teachers": {"cross-encoder": {"modell": "x"}}}, r"teachers.cross-encoder: .*modell"),
+        ({"teachers": {"cross-encoder": {"modell": "x"}}}, r"teachers.cross-encoder.modell: Unexpected"),
+        ({"teachers": {"cross-encoder": {"batch_size": -1}}}, r"cross-encoder.batch_size: Input should be greater"),
+        (
+            {"teachers": {"cross-encoder": {"batch_size": 1.5}}},
+            r"cross-encoder.batch_size: Input .* valid int",
+        ),
+        ({"teachers": {"cross-encoder": {"model": "/nowhere/model"}}}, "There is no folder /nowhere/model"),
+        ({"queries": {"generators": {"extractive": {"seed": 1}}}}, "extractive has no option 'seed'"),
+        ({"queries": {"generators": {"poet": {"type": []}}}}, r"queries.generators.poet: type is \[\]: choose from"),
         ({"candidates": {"top": 1, "middle": 0, "tail": 0}}, "a query needs 2 documents to compare"),
+        ({"train": {"learning_rate": "abc"}}, "the section train: .*--learning_rate.*: invalid float value: 'abc'"),
+        ({"evaluation": ["/nowhere:test"]}, "/nowhere/qrels/test.tsv"),
         ({"train": {"modell": "x"}}, "the section train: 'modell' is no setting"),
     ],
 )
 def test_options_that_mean_nothing_are_named(tmp_path, folder, section, message):
     write_collection(tmp_path / "collection")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         Adaptation(make_settings(tmp_path, folder, **section)).run()
+    assert not (tmp_path / "run").exists()
 
 
 def test_judgements_are_not_read_before_the_report(settings, tmp_path):

@@ -187,6 +187,22 @@ def test_another_writer_writes_anew(kept):
     assert again.asked == []
 
 
+def test_a_server_that_wrote_before_is_known_to_answer(kept):
+    class Remote(Writer):
+        def __init__(self):
+            super().__init__()
+            self.endpoint, self.known = self, False
+
+        def known_to_answer(self):
+            self.known = True
+
+    first, second = Remote(), Remote()
+    write({"server": first}, kept)
+    write({"server": second}, kept)
+    assert not first.known
+    assert second.known
+
+
 def test_a_request_that_is_given_twice_is_written_once(kept):
     writer = Writer()
     queries, _ = write({"writer": writer}, kept, [REQUESTS[0], REQUESTS[0], REQUESTS[1], REQUESTS[0]])

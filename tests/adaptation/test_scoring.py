@@ -93,6 +93,33 @@ def test_each_teacher_has_a_folder(tmp_path):
     assert kept[pair_key(Lengths(), PAIRS[3])] == score_of(*PAIRS[3])
 
 
+@pytest.mark.parametrize("name", ["models/teacher", "../teacher", "..", "/tmp/teacher", "a.b"])
+def test_a_teacher_may_be_named_after_a_path(tmp_path, name):
+    folder = tmp_path / "scores"
+    score_pairs({name: Lengths(), "another": Lengths()}, PAIRS, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores"]
+    assert len(list(folder.iterdir())) == 2
+    assert len(rows_in(folder, {name: Lengths()})) == 3
+
+
+def test_a_server_that_scored_before_is_known_to_answer(tmp_path):
+    """It is told that what it refuses is one pair's fault."""
+
+    class Remote(Lengths):
+        def __init__(self):
+            super().__init__()
+            self.endpoint, self.known = self, False
+
+        def known_to_answer(self):
+            self.known = True
+
+    first, second, third = Remote(), Remote(), Remote()
+    score_pairs({"a": first}, PAIRS[:3], tmp_path)
+    score_pairs({"a": second}, PAIRS[3:], tmp_path)
+    score_pairs({"a": third}, PAIRS, tmp_path)
+    assert [each.known for each in (first, second, third)] == [False, False, True]
+
+
 def test_what_was_scored_before_an_error_is_kept(tmp_path):
     class Failing(Lengths):
         def score(self, pairs):
