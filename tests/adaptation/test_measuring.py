@@ -94,6 +94,13 @@ def test_figures_are_those_of_the_rankings(settings, source, adapted, saved_fold
     assert figures["teacher"] == pytest.approx(figure_of(labels))
 
 
+def test_a_split_that_is_not_the_usual_one_is_in_the_name(settings, source, adapted):
+    folder = source.removesuffix(":test")
+    shutil.copy(f"{folder}/qrels/test.tsv", f"{folder}/qrels/dev.tsv")
+    names = [evaluate(settings, f"{folder}{split}")["collection"] for split in ("", ":test", ":dev")]
+    assert names == ["collection", "collection", "collection:dev"]
+
+
 def test_the_weights_of_teachers_count(settings, source, adapted):
     calibrate(adapted.parent, ["bm25", "student"], {"bm25": 1e6, "student": 1.0})
     assert evaluate(settings, source)["teacher"] == pytest.approx(100)

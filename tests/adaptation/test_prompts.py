@@ -1,6 +1,13 @@
 import pytest
 
-from modeling_querit.adaptation.prompts import STYLES, Request, completion_of, instruction_of, messages_of
+from modeling_querit.adaptation.prompts import (
+    STYLES,
+    Request,
+    completion_of,
+    instruction_of,
+    messages_of,
+    read_examples,
+)
 
 FAUST = {"_id": "faust", "title": "Faust", "text": "Goethe wrote it."}
 BARE = {"_id": "bare", "title": "", "text": "A fox ${style} $5 {x}."}
@@ -54,3 +61,12 @@ def test_a_text_to_continue():
         "Document: A hen.\nQuestion: Who lays eggs?\n\n"
         "Document: A fox ${style} $5 {x}.\nQuestion:"
     )
+
+
+def test_real_queries_of_a_file(tmp_path):
+    path = tmp_path / "queries.txt"
+    path.write_bytes("red fox\r\n\n  Füchse \n".encode())
+    assert read_examples(path) == ["red fox", "Füchse"]
+    path.write_bytes("Füchse".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"queries.txt: .*save it as UTF-8"):
+        read_examples(path)
