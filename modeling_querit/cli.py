@@ -122,7 +122,9 @@ def merge(
     base: Annotated[str | None, typer.Option(help="For task_arithmetic: what the models were trained from.")] = None,
     scale: Annotated[float | None, typer.Option(help="For task_arithmetic: of the task vectors; 1 by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (that of the models), float32, bfloat16 or float16.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A merge.json, to merge as it says.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A merge.json, to merge as it says; name the models if they are elsewhere.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one weight file.")] = "5GB",
     search: Annotated[
         list[str] | None,
