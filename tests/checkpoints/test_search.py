@@ -239,7 +239,7 @@ def test_ndcg_with_a_limit_of_tokens(folders, judged):
 def test_no_judged_query(tmp_path):
     folder = write_collection(tmp_path / "books")
     (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t0\n")
-    with pytest.raises(ValueError, match="no query has a relevant document"):
+    with pytest.raises(ValueError, match="books: its judgements have no relevant document"):
         Judged.load(f"{folder}:dev", queries=50, depth=20)
 
 
