@@ -12,6 +12,7 @@ def test_a_table_of_what_adaptation_gained(saved_folders, tmp_path, monkeypatch,
     values = make_values(tmp_path, saved_folders("qwen3"))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.setattr(adaptation, "COLLECTIONS", {"animals": (["collection"], ["collection:test"])})
+    monkeypatch.setattr(adaptation, "find_spec", lambda name: name)
     monkeypatch.setattr(adaptation, "learn_lm_queries", lambda name, args: saved_folders("qwen3"))
     paths = {"data": tmp_path, "recipe": tmp_path / "recipe.yaml", "output-dir": tmp_path / "out"}
     given = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
