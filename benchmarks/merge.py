@@ -44,8 +44,7 @@ def plain_folder(folder: Path, destination: Path) -> Path:
 
 def our_command(pair: Sequence[Path], output: Path, args: argparse.Namespace) -> list[str]:
     """`querit merge`."""
-    program = "from modeling_querit.cli import main; main()"
-    return [sys.executable, "-c", program, "merge", *map(str, pair), "--t", str(T), "-o", str(output)]
+    return [sys.executable, "-m", "modeling_querit", "merge", *map(str, pair), "--t", str(T), "-o", str(output)]
 
 
 def their_command(pair: Sequence[Path], output: Path, args: argparse.Namespace) -> list[str]:

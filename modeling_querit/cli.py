@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
+import os
 import sys
 import warnings
 from enum import StrEnum
@@ -286,3 +288,29 @@ def main(argv: list[str] | None = None) -> None:
         message = " ".join(str(error).split())
         print(f"querit: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def run() -> None:
+    """The console script: `main` in a process of its own, which ends as soon as the work is done.
+
+    An interpreter that has imported torch and transformers takes more than a second to take them down object by object.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if isinstance(end.code, int) and _is_told():
+            os._exit(end.code)
+        raise
+
+
+def _is_told() -> bool:
+    """Do what is left to be done at the end; False if what was printed could not be written, which Python tells of."""
+    # As multiprocessing does in a child before it ends it: progress bars and trackers close here.
+    atexit._run_exitfuncs()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except OSError:
+        return False
+    return True

@@ -157,3 +157,27 @@ def test_the_console_script_is_installed():
         [Path(sys.executable).with_name("querit"), "--help"], capture_output=True, text=True, check=True
     )
     assert all(command in done.stdout for command in ("rerank", "train", "convert"))
+
+
+def run_in_a_process(program, stdout=subprocess.PIPE):
+    program = f"import sys; sys.argv = ['querit', '--help']; {program}; from modeling_querit.cli import run; run()"
+    return subprocess.run(
+        [sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+    )
+
+
+def test_a_process_ends_with_all_said_and_without_taking_the_interpreter_down():
+    # What is left to be collected by the interpreter says so.
+    class_ = "type('Left', (), {'__del__': lambda self: print('collected')})"
+    done = run_in_a_process(f"import atexit; atexit.register(print, 'at exit'); left = {class_}()")
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage")
+    assert done.stdout.endswith("at exit\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_what_could_not_be_printed_is_no_success():
+    with open("/dev/full", "w") as full:
+        done = run_in_a_process("pass", stdout=full)
+    assert done.returncode != 0
+    assert "No space left" in done.stderr

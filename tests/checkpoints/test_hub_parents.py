@@ -47,8 +47,7 @@ def test_an_adapter_is_converted_with_the_revision_it_was_trained_on(hub, api, s
     api.create_tag("someone/base", tag="v1")
     api.delete_file("model.safetensors", repo_id="someone/base")
     upload(api, "someone/adapter", tmp_path / "adapter")
-    program = "from modeling_querit.cli import main; main()"
-    command = [sys.executable, "-c", program, "convert", "someone/adapter", str(tmp_path / "whole")]
+    command = [sys.executable, "-m", "modeling_querit", "convert", "someone/adapter", str(tmp_path / "whole")]
     environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -196,11 +196,10 @@ def test_models_are_merged_by_their_names_on_the_hub(hub, online, recorded, tmp_
     api.upload_folder(repo_id="someone/parent", folder_path=recorded)
     api.create_tag("someone/parent", tag="v1")
     api.delete_file("model.safetensors", repo_id="someone/parent")
-    program = "from modeling_querit.cli import main; main()"
     command = [
         sys.executable,
-        "-c",
-        program,
+        "-m",
+        "modeling_querit",
         "merge",
         "someone/parent@v1",
         str(recorded),

@@ -49,7 +49,7 @@ def served(model, tmp_path_factory):
     model.save_pretrained(here / "reranker")
     lines = re.search(r"```bash\n(querit export .*?)```", CARD.read_text(), re.DOTALL)[1]
     export, serve = map(shlex.split, lines.replace("{name}", "reranker").strip().splitlines())
-    querit = [sys.executable, "-c", "from modeling_querit.cli import main; main()"]
+    querit = [sys.executable, "-m", "modeling_querit"]
     subprocess.run([*querit, *export[1:]], cwd=here, check=True)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
