@@ -19,7 +19,7 @@ from rich.table import Table
 from modeling_querit.release.card import problems_of_card, render_card
 from modeling_querit.release.folder import files_of, problems_of, problems_of_text
 from modeling_querit.release.publish import Destination, Files, publish
-from modeling_querit.release.reference import REFERENCE_FILE, check_scores, reference_of
+from modeling_querit.release.reference import REFERENCE_FILE, check_scores, read_reference, reference_of
 
 ROOT = Path(__file__).parent
 
@@ -47,7 +47,7 @@ def main(
     # The folder's own card is not sent where another is given.
     problems = [*problems_of(folder), *problems_of_card(readme), *(problems_of_text(str(card), readme) if card else ())]
     if not problems:
-        reference = json.loads(_read(recorded)) if before else reference_of(folder)
+        reference = read_reference(recorded) if before else reference_of(folder)
         problems = check_scores(folder, reference)
     for problem in problems:
         print(f"upload: {problem}", file=sys.stderr)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import threading
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -298,14 +299,16 @@ def run() -> None:
     try:
         main()
     except SystemExit as end:
-        if isinstance(end.code, int) and _is_told():
+        # A profiler or debugger has something to do yet.
+        if isinstance(end.code, int) and not (sys.getprofile() or sys.gettrace()) and _is_told():
             os._exit(end.code)
         raise
 
 
 def _is_told() -> bool:
     """Do what is left to be done at the end; False if what was printed could not be written, which Python tells of."""
-    # As multiprocessing does in a child before it ends it: progress bars and trackers close here.
+    # What Python does first at its own end, and multiprocessing in a child: uploads end here, and trackers close.
+    threading._shutdown()
     atexit._run_exitfuncs()
     try:
         for stream in (sys.stdout, sys.stderr):

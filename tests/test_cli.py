@@ -175,6 +175,23 @@ def test_a_process_ends_with_all_said_and_without_taking_the_interpreter_down():
     assert done.stdout.endswith("at exit\n")
 
 
+def test_what_threads_are_at_is_done_before_a_process_ends(tmp_path):
+    work = f"(time.sleep(0.5), pathlib.Path({str(tmp_path / 'done')!r}).touch())"
+    done = run_in_a_process(
+        "import pathlib, time; from concurrent.futures import ThreadPoolExecutor; pool = ThreadPoolExecutor(1); "
+        f"pool.submit(lambda: {work})"
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "done").exists()
+
+
+def test_a_profiler_may_write_what_it_found(tmp_path):
+    profile = tmp_path / "profile"
+    command = [sys.executable, "-m", "cProfile", "-o", str(profile), "-m", "modeling_querit", "--help"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert profile.exists()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_what_could_not_be_printed_is_no_success():
     with open("/dev/full", "w") as full:

@@ -6,13 +6,15 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from typing import Annotated, Any, TypeVar
 
 import httpx
 from pydantic import Field, NonNegativeFloat, PositiveInt, validate_call
 from pyrate_limiter import Duration, Limiter, Rate
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from ..threads import threads
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
@@ -117,13 +119,10 @@ class Endpoint:
 
     def map(self, function: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
         """What a function that asks returns for each item, in order, so many at once as the server may get."""
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        with threads(self.concurrency) as pool:
             futures = [pool.submit(function, item) for item in items]
             # One request that is refused ends the run: those that were not sent stay unsent.
-            done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in waiting:
-                future.cancel()
-            for future in done:
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()
             return [future.result() for future in futures]
 

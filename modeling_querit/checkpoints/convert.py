@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from ..folder_querit import write_code_files
 from .parents import open_parent
 from .streaming import copy_weights, dtype_named
-from .writing import check_new, whole_folder
+from .writing import check_new, room_beside, whole_folder
 
 
 def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike, dtype: str = "auto") -> Path:
@@ -35,8 +34,8 @@ def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike
         ```
     """
     destination, wanted = check_new(destination), dtype_named(dtype)
-    with tempfile.TemporaryDirectory() as aside, whole_folder(destination) as folder:
-        parent = open_parent(str(source), Path(aside))
+    with whole_folder(destination) as folder:
+        parent = open_parent(str(source), room_beside(folder))
         copy_weights(folder, parent.tensors, wanted)
         config = copy.deepcopy(parent.model.config)
         config.dtype = config.text_config.dtype = wanted or parent.tensors["score.weight"].dtype
@@ -61,8 +60,8 @@ def publish_checkpoint(source: str | os.PathLike, destination: str | os.PathLike
         OSError, ValueError: as `convert_checkpoint`.
     """
     destination, wanted = check_new(destination), dtype_named(dtype)
-    with tempfile.TemporaryDirectory() as aside, whole_folder(destination) as folder:
-        parent = open_parent(str(source), Path(aside))
+    with whole_folder(destination) as folder:
+        parent = open_parent(str(source), room_beside(folder))
         heads = {key: f"head.{key.removeprefix('score.')}" for key in parent.tensors if key.startswith("score.")}
         copy_weights(folder, {heads.get(key, key): tensor for key, tensor in parent.tensors.items()}, wanted)
         model = parent.model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from transformers.models.auto.modeling_auto import (
 from ..configuration_querit import ACTIVATION
 from ..folder_querit import SENTENCE_TRANSFORMERS_FILES
 from .cards import exported_card
-from .parents import Parent, open_parent
+from .parents import Parent, check_trained, open_parent
 from .streaming import HeldTensor, LazyTensor, copy_weights, dtype_named
-from .writing import check_new, whole_folder
+from .writing import check_new, room_beside, whole_folder
 
 
 def export_classifier(source: str | os.PathLike, destination: str | os.PathLike, dtype: str = "auto") -> Path:
@@ -39,7 +38,8 @@ def export_classifier(source: str | os.PathLike, destination: str | os.PathLike,
 
     Raises:
         OSError: if there is something at the destination, it cannot be written, or there is no such source.
-        ValueError: if transformers has no such classifier for the architecture, or the checkpoint is damaged.
+        ValueError: if transformers has no such classifier for the architecture, or the checkpoint is damaged or has
+            an untrained head.
 
     Example:
         ```python
@@ -48,9 +48,10 @@ def export_classifier(source: str | os.PathLike, destination: str | os.PathLike,
         ```
     """
     destination, wanted = check_new(destination), dtype_named(dtype)
-    with tempfile.TemporaryDirectory() as aside, whole_folder(destination) as folder:
-        parent = open_parent(str(source), Path(aside))
+    with whole_folder(destination) as folder:
+        parent = open_parent(str(source), room_beside(folder))
         architecture = _classifier_of(parent)
+        check_trained(parent)
         head = _one_logit(parent.tensors)
         copy_weights(folder, dict(parent.tensors) | head, wanted, kept=head)
         config = _config_of(parent, architecture, str(wanted or parent.tensors["score.weight"].dtype))

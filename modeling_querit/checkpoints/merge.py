@@ -7,12 +7,9 @@ import functools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +19,23 @@ from tqdm.auto import tqdm
 from ..environment import environment
 from ..files import sha256, write_json
 from ..folder_querit import write_code_files
+from ..threads import threads
 from .cards import merged_card
 from .naming import public_names
 from .parents import Parent, check_alike, check_trained, open_base, open_parent
 from .schedule import Schedule
 from .spherical import METHODS, add_up, gram_of
-from .streaming import Spec, dtype_named, is_routing_bias, narrowed, row_slices, write_weights
-from .writing import check_new, whole_folder
+from .streaming import (
+    Spec,
+    checked_size,
+    dtype_named,
+    is_routing_bias,
+    narrowed,
+    open_weights,
+    row_slices,
+    write_weights,
+)
+from .writing import check_new, room_beside, whole_folder
 
 RECORD_FILE = "merge.json"
 
@@ -65,6 +72,8 @@ class Recipe:
             texts = getattr(self, name)
             if not isinstance(texts, list | tuple) or not all(isinstance(text, str | os.PathLike) for text in texts):
                 raise ValueError(f"{name} is {texts!r}: give a list of texts.")
+        if not isinstance(self.base, str | os.PathLike | None):
+            raise ValueError(f"base is {self.base!r}: give the name of a model.")
         if len(self.models) < 2:
             raise ValueError(
                 f"There is nothing to merge {', '.join(self.models) or 'it'} with: name two models or more."
@@ -80,12 +89,14 @@ class Recipe:
         if self.t and (self.weights or len(self.models) != 2):
             raise ValueError("t is the way from one model to another: for more than two, give weights instead.")
         dtype_named(self.dtype)
+        if self.parents and len(self.parents) != len(self.names):
+            raise ValueError(f"The record is of {len(self.parents)} models, and these are {len(self.names)}.")
 
     @classmethod
     def load(cls, path: str | Path, **changes: Any) -> Recipe:
         """From a `merge.json`, or from JSON with the same keys; what is given in `changes` takes precedence.
 
-        Models that a `merge.json` was made of have to be the same ones again, by their hashes.
+        Models that a `merge.json` was made of have to be the same ones again, by their hashes, wherever they are now.
 
         Raises:
             OSError: if there is no such file.
@@ -93,12 +104,10 @@ class Recipe:
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-            recipe = found.get("recipe", found) | changes
-            # Other models have other hashes.
-            is_other = not found.get("parents") or changes.keys() & {"models", "base"}
-            return (
-                cls(**recipe) if is_other else cls(**_at_revisions(recipe, found["parents"]), parents=found["parents"])
-            )
+            recipe, parents = found.get("recipe", found) | changes, found.get("parents") or ()
+            if parents and not changes.keys() & {"models", "base"}:
+                recipe = _at_revisions(recipe, parents)
+            return cls(**recipe | {"parents": parents})
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no recipe ({error}): give JSON with the keys of merge.json.") from None
 
@@ -147,22 +156,32 @@ def merge_checkpoints(
         ```
     """
     destination = check_new(destination)
-    with opened(recipe) as merger, whole_folder(destination) as folder:
+    checked_size(max_shard_size)
+    with whole_folder(destination) as folder:
+        merger = open_models(recipe, room_beside(folder))
         merger.write(folder, recipe, destination.name, max_shard_size, show_progress_bar)
     return destination
 
 
-@contextmanager
-def opened(recipe: Recipe) -> Iterator[Merger]:
-    """The models of a recipe, checked, ready to be merged any number of times."""
-    with tempfile.TemporaryDirectory(prefix="querit-merge-") as aside:
-        models = [open_parent(str(name), Path(aside)) for name in recipe.models]
+def open_models(recipe: Recipe, aside: Path) -> Merger:
+    """The models of a recipe, checked, ready to be merged any number of times.
+
+    Args:
+        recipe: What is merged.
+        aside: A folder for what has to be written down before it can be read; there need not be one yet.
+    """
+    try:
+        models = [open_parent(str(name), aside) for name in recipe.models]
         # The base first: that is where task arithmetic looks for it.
-        parents = [*([open_base(recipe.base, Path(aside))] if recipe.base else []), *models]
-        check_alike(parents)
-        for model in models:
-            check_trained(model)
-        yield Merger(parents, models)
+        parents = [*([open_base(recipe.base, aside)] if recipe.base else []), *models]
+    except OSError as error:
+        if not recipe.parents:
+            raise
+        raise OSError(f"{error} A record has no more of paths than their ends: name the models as well.") from error
+    check_alike(parents)
+    for model in models:
+        check_trained(model)
+    return Merger(parents, models)
 
 
 @dataclass
@@ -177,6 +196,7 @@ class Merger:
     parents: list[Parent]
     models: list[Parent]
     _grams: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
+    _hashes: dict[Path, str] = field(init=False, default_factory=dict)
 
     def write(
         self,
@@ -197,7 +217,7 @@ class Merger:
         """
         if recipe.parents:
             # Other models than those of the record: known before anything is computed.
-            self._provenance(recipe, self._hashes)
+            self._provenance(recipe)
         first = self.models[0]
         config = copy.deepcopy(first.model.config)
         schedule = recipe.schedule(config.text_config.num_hidden_layers)
@@ -206,14 +226,17 @@ class Merger:
         hidden = None if show_progress_bar is None else not show_progress_bar
         size = sum(spec.nbytes for spec in specs.values())
         with (
-            ThreadPoolExecutor(1) as beside,
+            threads(1) as beside,
             tqdm(total=size, unit="B", unit_scale=True, desc="Merging", disable=hidden, leave=False) as bar,
         ):
             # Hashing takes about as long as merging.
-            hashes = beside.submit(lambda: self._hashes)
+            hashing = [beside.submit(self._hash, path) for parent in self.parents for path in parent.files]
             chunks_of = partial(self._merged_chunks, recipe=recipe, weights=weights, specs=specs)
             write_weights(folder, specs, chunks_of, max_shard_size, advance=bar.update)
-            parents = self._provenance(recipe, hashes.result())
+            for job in hashing:
+                job.result()
+        _check_head(folder)
+        parents = self._provenance(recipe)
         record = {"recipe": recipe.published(), "parents": parents, **environment()}
         write_json(record, folder / RECORD_FILE)
         (folder / "README.md").write_text(merged_card(name, record["recipe"]), encoding="utf-8")
@@ -239,9 +262,13 @@ class Merger:
         slices = list(row_slices(specs[key].shape))
         # What fits in one part is read once, what is longer twice: the second time from the system's cache.
         held = self._read(key, slices[0]) if len(slices) == 1 else None
-        factors = _factors(self._gram(key, held), weights[key], recipe)
+        gram, dtype = self._gram(key, held), specs[key].dtype
+        factors = _factors(gram, weights[key], recipe)
+        # No entry is longer than the whole tensor.
+        if not (factors @ gram @ factors).clamp(min=0).sqrt() < torch.finfo(torch.bfloat16).max:
+            raise ValueError(f"{key} would have numbers that {dtype} cannot hold: take smaller weights, or scale.")
         for rows in slices:
-            yield narrowed(add_up(held or self._read(key, rows), factors), specs[key].dtype, key)
+            yield narrowed(add_up(held or self._read(key, rows), factors), dtype, key)
 
     def _gram(self, key: str, held: list[torch.Tensor] | None = None) -> torch.Tensor:
         """Dot products of the parents' tensors, (parents, parents), float64; computed once."""
@@ -260,20 +287,34 @@ class Merger:
             if not square < float("inf"):
                 raise ValueError(f"{key} of {parent.name} holds NaN or infinite numbers.")
 
-    @cached_property
-    def _hashes(self) -> list[dict[str, str]]:
-        return [{name: sha256(path) for name, path in parent.named_files().items()} for parent in self.parents]
+    def _hash(self, path: Path) -> str:
+        if path not in self._hashes:
+            self._hashes[path] = sha256(path)
+        return self._hashes[path]
 
-    def _provenance(self, recipe: Recipe, hashes: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    def _provenance(self, recipe: Recipe) -> list[dict[str, Any]]:
         names = public_names(recipe.names)
+        hashes = [{name: self._hash(path) for name, path in each.named_files().items()} for each in self.parents]
         for name, found, known in zip(names, hashes, recipe.parents or [{}] * len(names), strict=True):
-            if found != known.get("sha256", found):
-                raise ValueError(f"{name} is not the model that the record was made of: its hashes are others.")
+            # Names of files tell their folders apart, which may be others now.
+            if "sha256" in known and sorted(found.values()) != sorted(known["sha256"].values()):
+                raise ValueError(
+                    f"{name} is not the model that the record was made of: its hashes are others. To merge other "
+                    "models in the same way, give a file with the record's recipe alone."
+                )
         revisions = [parent.revision for parent in self.parents]
         return [
             {"name": name, **({"revision": revision} if revision else {}), "sha256": found}
             for name, revision, found in zip(names, revisions, hashes, strict=True)
         ]
+
+
+def _check_head(folder: Path) -> None:
+    if torch.equal(*open_weights(folder)["score.weight"].read(slice(0, 2))):
+        raise ValueError(
+            "The heads cancel out: the rows of the merged score.weight are equal, so all scores are. Take another t, "
+            "or weights, for the group score."
+        )
 
 
 def _at_revisions(recipe: Mapping[str, Any], parents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.ji
 _UNUSED_KEY = re.compile(r"^lm_head\.|rotary_emb\.inv_freq$")
 # What two configs of one architecture may differ in.
 _FREE = {
-    "dtype",
-    "torch_dtype",
-    "_name_or_path",
-    "transformers_version",
-    "use_cache",
-    "architectures",
-    "_attn_implementation",
+    *PreTrainedConfig().to_dict().keys() - {"model_type", "is_encoder_decoder"},
+    *("torch_dtype", "use_cache", "_attn_implementation", "output_router_logits", "pretraining_tp"),
+    *("initializer_range", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id"),
 }
 
 
@@ -116,9 +112,10 @@ def open_parent(name: str, aside: Path) -> Parent:
         adapted = adapted_tensors(folder, base.tensors)
         return Parent(name, base.model, adapted, files, base.tokenizer, _revision_of(folder))
     stored = open_weights(folder)
+    config = _config_of(folder)
     # Loading without content checks that every weight is there, and has the shape that the config asks for.
     model = QueritForSequenceRanking.from_pretrained(folder, device_map="meta")
-    tokenizer = _tokenizer_files(folder)
+    tokenizer = _tokenizer_files(folder, config)
     try:
         _ = tokenizer or model.processor
     except (OSError, ValueError) as error:
@@ -143,9 +140,19 @@ def _base_below(folder: Path) -> str:
     return base_of(folder)
 
 
-def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
+def _config_of(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}).") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no object of names and values.")
+    return config
+
+
+def _tokenizer_files(folder: Path, config: Mapping[str, Any]) -> tuple[Path, ...]:
     """Those of a folder in our layout; none of others, whose tokenizers have to be changed."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     files = tuple(folder / name for name in _TOKENIZER_FILES)
     is_ours = config.get("model_type") == QueritForSequenceRanking.config_class.model_type
     return files if is_ours and all(path.is_file() for path in files) else ()
@@ -204,7 +211,10 @@ def _in_our_layout(stored: dict[str, StoredTensor]) -> dict[str, LazyTensor]:
         if _UNUSED_KEY.search(key):
             continue
         key = re.sub(r"^head\.", "score.", key)
-        renamed[key if key.startswith(("model.", "score.")) else f"model.{key}"] = tensor
+        key = key if key.startswith(("model.", "score.")) else f"model.{key}"
+        if key in renamed:
+            raise ValueError(f"{tensor.path} has {key} twice, under the names of two layouts: which is it?")
+        renamed[key] = tensor
     return renamed
 
 

@@ -19,8 +19,9 @@ from ..files import write_json
 from ..modeling_querit import QueritForSequenceRanking
 from ..retrieval.bm25 import BM25
 from ..retrieval.collection import Collection
-from .merge import RECORD_FILE, Recipe, opened
-from .writing import check_new, whole_folder
+from .merge import RECORD_FILE, Recipe, open_models
+from .streaming import checked_size
+from .writing import check_new, room_beside, whole_folder
 
 SEARCH_FILE, PLOT_FILE = "merge_search.json", "merge_search.png"
 _GRID = (0.5, 0.0, 1.0, 0.25, 0.75)
@@ -132,7 +133,9 @@ def search_merge(
         raise ValueError(f"A search takes {FEWEST} evaluations at least, not {evaluations}.")
     destination = check_new(destination)
     trials: list[Trial] = []
-    with opened(recipe) as merger, whole_folder(destination) as folder:
+    checked_size(max_shard_size)
+    with whole_folder(destination) as folder:
+        merger = open_models(recipe, room_beside(folder))
         best, trial_folder = folder / "best", folder / "trial"
         for t in _next_t(trials, evaluations):
             trial_folder.mkdir()
@@ -151,6 +154,8 @@ def search_merge(
             else:
                 shutil.rmtree(trial_folder)
             trials.append(trial)
+        if len({trial.mean for trial in trials}) == 1:
+            echo("All rank alike: these collections tell nothing about t.")
         for path in list(best.iterdir()):
             path.rename(folder / path.name)
         best.rmdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from typing import BinaryIO, Protocol
 import torch
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
+
+from ..threads import threads
 
 WEIGHTS_PATTERN = "model{suffix}.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -31,6 +34,7 @@ _DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
+_SIZE = re.compile(r"0*[1-9]\d*[KMGT]B", re.IGNORECASE)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -43,6 +47,19 @@ def dtype_named(name: str) -> torch.dtype | None:
     if name not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {name!r}: choose auto, float32, bfloat16 or float16.")
     return None if name == "auto" else getattr(torch, name)
+
+
+def checked_size(size: int | str) -> int | str:
+    """The bytes of a file, or a text such as "5GB", as huggingface_hub reads it.
+
+    Raises:
+        ValueError: if it is neither, or nothing fits in.
+    """
+    if isinstance(size, str) and size.isdigit():
+        size = int(size)
+    if size < 1 if isinstance(size, int) else not _SIZE.fullmatch(size):
+        raise ValueError(f"max_shard_size is {size!r}: give bytes, or a size such as 5GB.")
+    return size
 
 
 class LazyTensor(Protocol):
@@ -210,7 +227,7 @@ def write_weights(
         specs,
         get_storage_size=lambda spec: spec.nbytes,
         filename_pattern=WEIGHTS_PATTERN,
-        max_shard_size=max_shard_size,
+        max_shard_size=checked_size(max_shard_size),
     )
     for name, keys in split.filename_to_tensors.items():
         # The widest entries first, or narrow ones before them might leave them at odd addresses.
@@ -310,12 +327,8 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(min(count, _MOST_THREADS)) as pool:
-            try:
-                yield pool
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with threads(min(count, _MOST_THREADS)) as pool:
+            yield pool
     finally:
         torch.set_num_threads(count)
 

@@ -24,7 +24,10 @@ def check_new(destination: str | os.PathLike) -> Path:
     Raises:
         OSError: if there is something at the destination, or it cannot be written.
     """
-    destination = Path(destination).resolve()
+    try:
+        destination = Path(destination).resolve()
+    except RuntimeError:
+        raise FileExistsError(f"{destination} is a link to itself: name a new folder.") from None
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists: name a new folder.")
     if destination.is_mount():
@@ -52,6 +55,11 @@ def whole_folder(destination: Path) -> Iterator[Path]:
             yield folder
             # Takes the place of an empty folder, never of one that somebody filled meanwhile.
             folder.replace(destination)
+
+
+def room_beside(folder: Path) -> Path:
+    """A path for what is needed only until a `whole_folder` is complete; it goes when the folder comes."""
+    return folder.with_name(f"{folder.name}-parents")
 
 
 def _remove_left(parent: Path, prefix: str) -> None:

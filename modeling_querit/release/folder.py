@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .. import configuration_querit
 from ..checkpoints.streaming import is_finite, open_weights, row_slices
 from ..configuration_querit import AUTO_MAP, QueritConfig
 from ..folder_querit import CARD_STUB, SENTENCE_TRANSFORMERS_FILES
@@ -19,22 +20,32 @@ LARGEST_FILE = 50 * 10**9
 _LARGEST_HEADER = 100_000_000
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack"}
 _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+# All that a release has a use for: weights, settings, tokenizers, texts and pictures.
+_KINDS = {".safetensors", ".json", ".jsonl", ".jinja", ".model", ".txt", ".md", ".bib", ".yaml", ".yml"}
+_KINDS |= {".png", ".jpg", ".jpeg", ".svg", ".gif"}
+_CODE = {path.name for path in Path(configuration_querit.__file__).parent.glob("*_querit.py")}
 # Their entries are words of the training text, paths and keys among them.
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
 _SECRETS = {
-    "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
+    "a Hugging Face token": re.compile(r"\bhf_(oauth_)?[A-Za-z0-9]{30,}"),
     "a token of an organization": re.compile(r"\bapi_org_[A-Za-z0-9]{30,}"),
     "a GitHub token": re.compile(r"\b(gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"),
     "an API key": re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"),
-    "an AWS key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
+    "an AWS key": re.compile(r"\bAKIA[0-9A-Z]{16}\b|aws_secret_access_key\W+[\w/+]{40}", re.IGNORECASE),
     "a Google key": re.compile(r"\bAIza[0-9A-Za-z_-]{35}"),
     "a GitLab token": re.compile(r"\bglpat-[\w-]{20,}"),
     "a Slack token": re.compile(r"\bxox[abprs]-[\w-]{10,}"),
+    "an npm token": re.compile(r"\bnpm_[A-Za-z0-9]{36}\b"),
+    "a PyPI token": re.compile(r"\bpypi-[\w-]{50,}"),
+    "a signed token": re.compile(r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
+    "a password in an address": re.compile(r"\bhttps?://[^\s/:@]+:[^\s/:@{}$<>]+@"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
 }
 _ROOTS = "home|root|Users|Volumes|mnt|media|tmp|var|opt|srv|work|data|scratch|workspaces?|gpfs|lustre|content|kaggle"
 _ROOTS += "|fsx|nfs|storage|raid|private|app|datasets|models|dev/shm"
 _LOCAL_PATH = re.compile(rf"(?<![\w/.])((file://)?/({_ROOTS})\d*/[\w.-]+|[A-Z]:[\\/]{{1,2}}\w+)")
+# A value that is nothing but a path from the root of a disk, a share or a home directory.
+_ABSOLUTE = re.compile(r"file:\S+|/[\w.@+-]+(/[\w.@+-]+)+/?|~[\w-]*[\\/]\S+|[A-Za-z]:[\\/][^\s\\/]+[\\/]\S+|\\\\\w\S+")
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -92,10 +103,13 @@ def _weights(folder: Path) -> Iterator[str]:
         return
     if missing := {"score.weight", "score.bias"} - tensors.keys():
         yield f"{min(missing)} is missing: the model has no head."
-    elif (rows := tensors["score.weight"].shape[0]) != 2:
+    elif (rows := (*tensors["score.weight"].shape, 0)[0]) != 2:
         yield f"score.weight has {rows} rows, not 2: this is an export or another model; give the folder it came from."
     elif torch.equal(*tensors["score.weight"].read(slice(0, 2))):
         yield "The head was never trained: the rows of score.weight are equal, so all scores are."
+    read = {tensor.path for tensor in tensors.values()}
+    for path in sorted(set(folder.glob("*.safetensors")) - read):
+        yield f"{path.name} is not read by anybody who loads the folder: take it out."
     for key, tensor in tensors.items():
         if not all(is_finite(tensor.read(rows)) for rows in row_slices(tensor.shape)):
             yield f"{key} holds NaN or infinite numbers."
@@ -109,10 +123,34 @@ def _pickles(folder: Path) -> Iterator[str]:
             yield f"{name} may run code when it is loaded: weights belong in safetensors, nothing else in the folder."
 
 
+def _strangers(folder: Path) -> Iterator[str]:
+    for name, path in files_of(folder).items():
+        if path.suffix == ".py" and name not in _CODE:
+            yield f"{name} is no code of a reranker's: take it out."
+        elif path.suffix.lower() not in {*_KINDS, *_PICKLED, ".py"} and not name.startswith(("LICENSE", "NOTICE")):
+            yield f"{name} is of a kind that a release has no use for: take it out."
+
+
 def _secrets_and_paths(folder: Path) -> Iterator[str]:
     for name, path in files_of(folder).items():
         text = _header(path) if path.suffix == ".safetensors" else path.read_text(encoding="utf-8", errors="replace")
         yield from problems_of_text(name, text)
+        if path.suffix == ".json" and path.name not in _VOCABULARIES:
+            yield from _absolute_paths(name, path)
+
+
+def _absolute_paths(name: str, path: Path) -> Iterator[str]:
+    try:
+        waiting = [json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, RecursionError) as error:
+        yield f"{name} is no JSON: {error}."
+        return
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and _ABSOLUTE.fullmatch(value) and not _LOCAL_PATH.search(value):
+            yield f"{name} names a place on this machine: {value}."
 
 
 def problems_of_text(name: str, text: str) -> Iterator[str]:
@@ -147,6 +185,7 @@ CHECKS: tuple[Callable[[Path], Iterator[str]], ...] = (
     _config,
     _weights,
     _pickles,
+    _strangers,
     _secrets_and_paths,
     _sizes,
 )

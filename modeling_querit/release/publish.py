@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
 from ..files import sha256
@@ -42,6 +43,7 @@ _REPLACED = ("*.py", "*.safetensors", "*.bin", "*.json", "*.jinja")
 _NO_MODEL = (".gitattributes", "README.md", "LICENSE*")
 # What git takes for the name of a tag, and nobody for a branch.
 _TAG = re.compile(r"(?!main$)(?!.*\.\.)(?!.*\.lock$)\w[\w.+-]*(?<!\.)")
+_BRANCH = re.compile(r"(?!.*(\.\.|//|\.lock$))\w[\w.+/-]*(?<![./])")
 # What makes two models different ones, rather than two versions of one.
 _ARCHITECTURE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "n_routed_experts")
 
@@ -70,6 +72,10 @@ class Destination:
     def __post_init__(self) -> None:
         if "/" not in self.repo_id:
             raise ValueError(f"{self.repo_id} is no name of a repository: give OWNER/NAME.")
+        with one_line_errors(self.repo_id):
+            validate_repo_id(self.repo_id)
+        if not _BRANCH.fullmatch(self.revision):
+            raise ValueError(f"{self.revision!r} is no name of a branch: give letters, digits, '.', '-', '/'.")
         if self.tag is not None and not _TAG.fullmatch(self.tag):
             raise ValueError(f"{self.tag!r} is no name of a tag: give letters, digits, '.', '-', such as v1.0.")
         if self.tag and self.pr:
@@ -259,6 +265,8 @@ def _of_status(error: HfHubHTTPError, repo_id: str) -> Exception:
         return ValueError(f"{repo_id}: there is such a tag or repository already ({said}).")
     if status == 412:
         return ConnectionError(f"Somebody else wrote to {repo_id} at the same time: give the same command again.")
+    if status == 429:
+        return ConnectionError(f"The Hub asks to wait ({said}): give the same command again, in a while.")
     if status is not None and status < 500:
         return ValueError(f"The Hub refused what was sent to {repo_id} ({status}): {said}")
     return ConnectionError(

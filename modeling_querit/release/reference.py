@@ -79,6 +79,18 @@ def scores_of_a_stranger(folder: Path, pairs: Sequence[Sequence[str]]) -> dict[s
         return json.loads(out.read_text(encoding="utf-8"))
 
 
+def read_reference(path: Path) -> dict[str, Any]:
+    """What is recorded in a file.
+
+    Raises:
+        ValueError: if it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}): delete it, and it is written again.") from None
+
+
 def check_scores(folder: Path, recorded: Mapping[str, Any]) -> list[str]:
     """Compare what a stranger gets with what is recorded; what differs, a sentence each.
 

@@ -23,7 +23,7 @@ from tiny_parents import (
 
 from modeling_querit import QueritForSequenceRanking
 from modeling_querit.checkpoints import merge, streaming
-from modeling_querit.checkpoints.merge import Recipe, merge_checkpoints, opened
+from modeling_querit.checkpoints.merge import Recipe, merge_checkpoints, open_models
 from modeling_querit.checkpoints.streaming import StoredTensor
 
 ROUTING_BIAS = "e_score_correction_bias"
@@ -203,6 +203,21 @@ def test_what_a_dtype_cannot_hold_is_not_written(pair, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("scale", [3e38, 1e300, -1e300])
+def test_a_scale_beyond_all_numbers(family, saved_folder, tmp_path, scale):
+    recipe = Recipe(family, method="task_arithmetic", base=str(saved_folder), scale=scale)
+    with pytest.raises(ValueError, match=r"would have numbers that torch\.float32 cannot hold"):
+        merge_checkpoints(recipe, tmp_path / "new")
+
+
+def test_heads_that_cancel_out(pair, tmp_path):
+    key = "score.weight"
+    opposite = change(pair[0], tmp_path / "opposite", lambda tensors: tensors | {key: -tensors[key]})
+    with pytest.raises(ValueError, match="heads cancel out"):
+        merge_checkpoints(Recipe([pair[0], str(opposite)]), tmp_path / "new")
+    merge_checkpoints(Recipe([pair[0], str(opposite)], t=["0.5", "score=0"]), tmp_path / "new")
+
+
 def test_quantized_weights_are_refused(pair, tmp_path):
     key = "model.layers.0.mlp.up_proj.weight"
     folder = change(pair[0], tmp_path / "small", lambda tensors: tensors | {key: tensors[key].to(torch.float8_e4m3fn)})
@@ -222,12 +237,12 @@ def test_what_is_known_of_tensors_is_not_computed_again(family, tmp_path, monkey
     monkeypatch.setattr(StoredTensor, "read", lambda self, rows: reads.append(self.offset) or read(self, rows))
     recipes = {name: Recipe(family[:2], t=[t]) for name, t in [("one", "0.3"), ("two", "0.8"), ("three", "0.3")]}
     counts = []
-    with opened(recipes["one"]) as merger:
-        for name, recipe in recipes.items():
-            grams.clear(), reads.clear()
-            (tmp_path / name).mkdir()
-            merger.write(tmp_path / name, recipe, name)
-            counts.append((len(grams), len(reads)))
+    merger = open_models(recipes["one"], tmp_path / "aside")
+    for name, recipe in recipes.items():
+        grams.clear(), reads.clear()
+        (tmp_path / name).mkdir()
+        merger.write(tmp_path / name, recipe, name)
+        counts.append((len(grams), len(reads)))
     assert counts[0][0] > 100
     assert counts[1] == counts[2]
     assert counts[1][0] == 0
@@ -243,8 +258,8 @@ def test_a_model_without_numbers_is_refused_the_second_time_too(pair, tmp_path):
     key = "score.bias"
     spoilt = change(pair[1], tmp_path / "spoilt", lambda tensors: tensors | {key: torch.tensor([0, float("nan")])})
     recipe = Recipe([pair[0], str(spoilt)])
-    with opened(recipe) as merger:
-        for name in ("one", "two"):
-            (tmp_path / name).mkdir()
-            with pytest.raises(ValueError, match=r"score\.bias of .*spoilt holds NaN"):
-                merger.write(tmp_path / name, recipe, name)
+    merger = open_models(recipe, tmp_path / "aside")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=r"score\.bias of .*spoilt holds NaN"):
+            merger.write(tmp_path / name, recipe, name)

@@ -25,8 +25,10 @@ from tiny_parents import (
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from modeling_querit import QueritForSequenceClassification, QueritForSequenceRanking, from_backbone
+from modeling_querit.checkpoints import parents
 from modeling_querit.checkpoints.cards import merged_card
 from modeling_querit.checkpoints.merge import Recipe, merge_checkpoints
+from modeling_querit.checkpoints.writing import write_whole
 
 # The folder
 
@@ -168,11 +170,30 @@ def test_other_models_than_those_of_the_record_are_refused(pair, tmp_path, monke
     with pytest.raises(ValueError, match="medicine is not the model that the record was made of"):
         merge_checkpoints(Recipe.load("one/merge.json"), "two")
     assert not (tmp_path / "two").exists()
-    # Said otherwise, they may be others.
-    merge_checkpoints(Recipe.load("one/merge.json", models=["law", "medicine"]), "two")
+    with pytest.raises(ValueError, match="medicine is not the model that the record was made of"):
+        merge_checkpoints(Recipe.load("one/merge.json", models=["law", "medicine"]), "two")
 
 
-def test_task_vectors_from_a_plain_decoder(tokenizer, tmp_path):
+def test_models_of_a_record_may_be_elsewhere_now(pair, tmp_path, monkeypatch):
+    for folder in pair:
+        shutil.copytree(folder, tmp_path / "runs" / Path(folder).name / "model")
+    monkeypatch.chdir(tmp_path)
+    models = ["runs/law/model", "runs/medicine/model"]
+    merge_checkpoints(Recipe(models, t=["0.3"]), "one")
+    with pytest.raises(OSError, match=r"law/model is no folder.* name the models as well"):
+        merge_checkpoints(Recipe.load("one/merge.json"), "two")
+    Path("runs").rename("moved")
+    moved = [model.replace("runs", "moved") for model in models]
+    merge_checkpoints(Recipe.load("one/merge.json", models=moved), "two")
+    assert_same(tiny.read_tensors(tmp_path / "two"), tiny.read_tensors(tmp_path / "one"))
+    for others in (moved[::-1], [moved[0], moved[0]]):
+        with pytest.raises(ValueError, match="is not the model that the record was made of"):
+            merge_checkpoints(Recipe.load("one/merge.json", models=others), "three")
+    with pytest.raises(ValueError, match="record is of 2 models, and these are 3"):
+        Recipe.load("one/merge.json", models=[*moved, moved[0]], t=[])
+
+
+def test_task_vectors_from_a_plain_decoder(tokenizer, tmp_path, monkeypatch):
     torch.manual_seed(0)
     AutoModel.from_config(tiny.make_text_config("qwen3")).save_pretrained(tmp_path / "decoder")
     tokenizer.save_pretrained(tmp_path / "decoder")
@@ -184,7 +205,15 @@ def test_task_vectors_from_a_plain_decoder(tokenizer, tmp_path):
         head = {"score.weight": torch.randn(2, 32)}
         models.append(str(change(moved, tmp_path / name, lambda tensors, head=head: tensors | head)))
     expected = merged(tmp_path / "one", models, method="task_arithmetic", base=str(tmp_path / "start"))
+    # What is written down on the way lies where the next merge would find, and remove, it.
+    written = []
+    monkeypatch.setattr(
+        parents, "write_whole", lambda model, folder: written.append(folder) or write_whole(model, folder)
+    )
     found = merged(tmp_path / "two", models, method="task_arithmetic", base=str(tmp_path / "decoder"))
+    [folder] = written
+    assert folder.relative_to(tmp_path).parts[0].startswith(".two-")
+    assert not folder.exists()
     assert_same(found, expected)
 
 
@@ -271,6 +300,12 @@ def test_weights_that_are_all_zero_name_the_tensor(pair, tmp_path):
     with pytest.raises(ValueError, match=r"All weights of score\.(bias|weight) are 0"):
         merge_checkpoints(Recipe(pair, weights=["score=0,0"]), tmp_path / "new")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_itself(pair, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(FileExistsError, match="is a link to itself: name a new folder"):
+        merge_checkpoints(Recipe(pair), tmp_path / "loop")
 
 
 KILLED = """

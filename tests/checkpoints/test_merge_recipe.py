@@ -23,6 +23,7 @@ from modeling_querit.checkpoints.merge import Recipe
         ({"scale": 0.5}, "scale is that of task vectors"),
         ({"t": ["0.5"], "weights": ["1,2"]}, "t is the way from one model to another"),
         ({"models": ["a", "b", "c"], "t": ["0.5"]}, "for more than two, give weights instead"),
+        ({"base": 5, "method": "task_arithmetic"}, "base is 5: give the name of a model"),
         ({"dtype": "int8"}, "dtype is 'int8': choose auto, float32, bfloat16 or float16"),
         ({"method": "task_arithmetic", "base": "c", "scale": float("nan")}, "scale"),
         ({"method": "task_arithmetic", "base": "c", "scale": float("inf")}, "scale"),

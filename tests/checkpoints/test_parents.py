@@ -269,7 +269,8 @@ def test_parents_may_differ_in_numbers_and_dtype(saved_folder, parent, tmp_path,
     other = open_(vary(saved_folder, tmp_path / "other", seed=1, dtype=torch.bfloat16))
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     config["dtype"] = "bfloat16"
-    config["text_config"] |= {"use_cache": False, "transformers_version": "4.0.0"}
+    config["text_config"] |= {"use_cache": False, "transformers_version": "4.0.0", "attention_dropout": 0.1}
+    config["text_config"] |= {"initializer_range": 0.5, "pad_token_id": 3, "output_hidden_states": True}
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     check_alike([parent, other, open_(tmp_path / "other")])
 
@@ -282,6 +283,19 @@ def test_another_config_names_the_key(saved_folder, parent, tmp_path, open_, key
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"other has {key} {value!r}, .* {before!r}: only models of one architecture"):
         check_alike([parent, open_(tmp_path / "other")])
+
+
+def test_a_config_that_is_a_list(saved_folder, tmp_path, open_):
+    shutil.copytree(saved_folder, tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json is no object of names and values"):
+        open_(tmp_path / "other")
+
+
+def test_a_head_under_both_names(saved_folder, tmp_path, open_):
+    two = change(saved_folder, tmp_path / "two", lambda tensors: tensors | {"head.weight": torch.ones(2, 32)})
+    with pytest.raises(ValueError, match=r"has score\.weight twice, under the names of two layouts"):
+        open_(two)
 
 
 def test_another_architecture(saved_folders, open_):

@@ -335,8 +335,10 @@ def test_whichever_is_best_is_kept(folders, judged, tmp_path, measured, best):
 
 def test_of_equal_ones_the_first_is_kept(folders, judged, tmp_path, measured):
     measured(lambda t: 0.5)
-    search_merge(Recipe(folders("qwen3")[:2]), [judged], tmp_path / "merged", evaluations=7, echo=quiet)
+    told = []
+    search_merge(Recipe(folders("qwen3")[:2]), [judged], tmp_path / "merged", evaluations=7, echo=told.append)
     assert json.loads((tmp_path / "merged" / "merge.json").read_text())["recipe"]["t"] == ["0.5"]
+    assert told[-1] == "All rank alike: these collections tell nothing about t."
 
 
 def test_angles_are_computed_once(folders, judged, tmp_path, measured, monkeypatch):

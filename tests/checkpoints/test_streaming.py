@@ -187,9 +187,16 @@ def test_parts_may_lie_anyhow_in_memory(tmp_path):
     assert bits(load_file(tmp_path / "model.safetensors")["a"]) == bits(tensor)
 
 
-def test_a_size_of_shards_that_is_none(tmp_path):
-    with pytest.raises(ValueError, match="many"):
-        write(tmp_path, {"a": make(torch.float32, (3,))}, max_shard_size="many")
+@pytest.mark.parametrize("size", ["many", "-5GB", "0GB", "", "5 GB", 0, -1])
+def test_a_size_of_shards_that_is_none(tmp_path, size):
+    with pytest.raises(ValueError, match=rf"max_shard_size is {size!r}: give bytes"):
+        write(tmp_path, {"a": make(torch.float32, (3,))}, max_shard_size=size)
+
+
+@pytest.mark.parametrize("size", [9, "9", "10000", "5GB", "5gb"])
+def test_sizes_of_shards(tmp_path, size):
+    write(tmp_path, {"a": make(torch.float32, (3,))}, max_shard_size=size)
+    assert load_file(tmp_path / "model.safetensors")["a"].shape == (3,)
 
 
 # Copying

@@ -141,6 +141,12 @@ SECRETS = {
     "Google": "AIza" + "aB3xy" * 7,
     "GitLab": "glpat-" + "aB3" * 8,
     "Slack": "xoxb-" + "123-" * 4,
+    "Face": "hf_oauth_" + "aB3" * 12,
+    "AWS key": "aws_secret_access_key = " + "aB3/" * 10,
+    "npm": "npm_" + "aB3" * 12,
+    "PyPI": "pypi-" + "aB3" * 20,
+    "signed": "eyJ" + "aB3" * 5 + ".eyJ" + "aB3" * 5 + "." + "aB3" * 5,
+    "address": "https://me:hunter2@example.org/x",
     "private key": "-----BEGIN RSA PRIVATE KEY-----",
 }
 
@@ -174,6 +180,14 @@ def test_secrets_in_the_header_of_weights(folder):
         "at:/srv/x",
         "D:/models",
         "C:\\\\Users\\\\user",
+        "/cluster/home/user/run",
+        "/u/user/x",
+        "/usr/local/x",
+        "file:///etc/passwd",
+        "~/runs/x",
+        "~user/x",
+        "c:/users/user",
+        "\\\\\\\\server\\\\share",
     ],
 )
 def test_places_on_this_machine(folder, path):
@@ -183,11 +197,51 @@ def test_places_on_this_machine(folder, path):
 
 
 @pytest.mark.parametrize(
-    "text", ["https://example.org/home/page", "https://opt/x", "a:/b", "../data/rows.jsonl", "and/or", "runs/home/x"]
+    "text",
+    [
+        "https://example.org/home/page",
+        "https://opt/x",
+        "a:/b",
+        "../data/rows.jsonl",
+        "and/or",
+        "runs/home/x",
+        "/start",
+        "a / b",
+        "/a b/c",
+    ],
 )
 def test_what_is_no_place_on_this_machine(folder, text):
     (folder / "train.json").write_text(json.dumps({"train": [text]}))
     assert problems_of(folder) == []
+
+
+def test_json_that_is_none(folder):
+    (folder / "modules.json").write_text("[")
+    assert any(problem.startswith("modules.json is no JSON") for problem in problems_of(folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["extra.py", "code/modeling_querit.py", "lib.so", "x.pyc", "runs/events.out.tfevents.1"]
+)
+def test_what_a_release_has_no_use_for(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("x")
+    [problem] = problems_of(folder)
+    assert problem.startswith(name)
+    assert problem.endswith("take it out.")
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "training.png", "figures/a.svg", "train.yaml"])
+def test_what_may_lie_beside_a_model(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("x")
+    assert problems_of(folder) == []
+
+
+def test_weights_that_nobody_reads(folder):
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+    [problem] = problems_of(folder)
+    assert problem == "model-00001-of-00002.safetensors is not read by anybody who loads the folder: take it out."
 
 
 def test_files_too_large_for_the_hub(folder, monkeypatch):

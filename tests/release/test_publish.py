@@ -144,6 +144,12 @@ def test_a_tag_on_the_head_is_not_moved_and_told_before_anything_is_sent(hub, fi
         ({"tag": "v1."}, "is no name of a tag"),
         ({"tag": "v1", "pr": True}, "once it is merged"),
         ({"repo_id": "reranker"}, "give OWNER/NAME"),
+        ({"repo_id": "a/b c"}, "is no name of a repository"),
+        ({"revision": "x y"}, "is no name of a branch"),
+        ({"revision": "x..y"}, "is no name of a branch"),
+        ({"revision": "-x"}, "is no name of a branch"),
+        ({"revision": "x/"}, "is no name of a branch"),
+        ({"revision": ""}, "is no name of a branch"),
     ],
 )
 def test_what_cannot_be_meant(where, message):
@@ -245,6 +251,12 @@ def test_a_commit_whose_answer_is_lost(hub, files):
 def test_somebody_else_wrote_meanwhile(hub, files):
     hub.faults.append(Fault("POST", "/commit/main$", status=412))
     with pytest.raises(ConnectionError, match="at the same time"):
+        send(hub, files)
+
+
+def test_a_hub_that_has_had_enough_for_now(hub, files):
+    hub.faults.append(Fault("POST", "/commit/main$", times=1_000, status=429))
+    with pytest.raises(ConnectionError, match=r"asks to wait .* give the same command again"):
         send(hub, files)
 
 
