@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of safetensors, and of torch's writer of zip files.
+_FULL_WORDS = ("No space left", "os error 28", "] . unexpected pos ", "PytorchStreamWriter failed writing")
+_TOLD = "The disk is full"
 
 
 @contextmanager
@@ -39,14 +42,34 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         aside.replace(path)
     except OSError as error:
         if error.errno in _FULL:
-            raise OSError(
-                error.errno,
-                f"The disk is full: {path} could not be written. What was written before is whole; make room, and "
-                "give the same command again.",
-            ) from error
+            raise _full(path, error) from error
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_in(folder: str | os.PathLike) -> Iterator[None]:
+    """While libraries write in a folder, each of which has words of its own for a disk that is full.
+
+    Raises:
+        OSError: if it is, as `replacing` says it.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_full = isinstance(error, OSError) and error.errno in _FULL
+        if _TOLD not in str(error) and (is_full or any(words in str(error) for words in _FULL_WORDS)):
+            raise _full(folder, error) from error
+        raise
+
+
+def _full(path: str | os.PathLike, error: Exception) -> OSError:
+    return OSError(
+        getattr(error, "errno", None) or errno.ENOSPC,
+        f"{_TOLD}: {path} could not be written. What was written before is whole; make room, and give the same command "
+        "again.",
+    )
 
 
 def write_json(value: Any, path: str | os.PathLike) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
-from modeling_querit.files import jsonl_sha256, replacing, sha256, write_json, write_jsonl
+from modeling_querit.files import jsonl_sha256, replacing, sha256, write_json, write_jsonl, writing_in
 
 
 @pytest.fixture
@@ -62,6 +63,33 @@ def test_a_full_disk(path):
     assert caught.value.errno == 28
     assert path.read_text() == "before"
     assert names(path) == ["figures.json"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 6400 vs 6292"),
+    ],
+)
+def test_a_full_disk_in_the_words_of_libraries(tmp_path, error):
+    def fail(error, folder):
+        with writing_in(folder):
+            raise error
+
+    with pytest.raises(OSError, match=f"The disk is full: {tmp_path} could not be written") as caught:
+        fail(error, tmp_path)
+    assert caught.value.errno == 28
+    # Said once already.
+    with pytest.raises(OSError, match="full") as again:
+        fail(caught.value, "elsewhere")
+    assert again.value is caught.value
+
+
+def test_other_errors_while_writing_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="another"), writing_in(tmp_path):
+        raise RuntimeError("another")
 
 
 def test_other_errors_of_the_system_stay_what_they_are(tmp_path):

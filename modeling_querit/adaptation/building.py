@@ -15,11 +15,11 @@ from .corpus import Document
 from .extractive import ExtractiveGenerator
 from .generators import EndpointGenerator, Generator, TransformersGenerator
 from .queries import check_styles
-from .settings import EXTRACTIVE, AdaptSettings, CandidateSettings, TeacherSettings, told
+from .settings import ENDPOINT, EXTRACTIVE, AdaptSettings, CandidateSettings, TeacherSettings, told
 from .teachers import CausalLMTeacher, CrossEncoderTeacher, EndpointTeacher, FirstStageTeacher, Teacher
 
-GENERATORS = {"transformers": TransformersGenerator, "endpoint": EndpointGenerator}
-TEACHERS = {"cross-encoder": CrossEncoderTeacher, "causal-lm": CausalLMTeacher, "endpoint": EndpointTeacher}
+GENERATORS = {"transformers": TransformersGenerator, ENDPOINT: EndpointGenerator}
+TEACHERS = {"cross-encoder": CrossEncoderTeacher, "causal-lm": CausalLMTeacher, ENDPOINT: EndpointTeacher}
 FIRST_STAGE = "first-stage"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,7 +13,15 @@ from typing import Annotated, Any, TypeVar
 import httpx
 from pydantic import Field, NonNegativeFloat, PositiveInt, validate_call
 from pyrate_limiter import Duration, Limiter, Rate
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+    stop_when_event_set,
+    wait_random_exponential,
+)
 
 from ..threads import threads
 
@@ -21,7 +30,7 @@ Item = TypeVar("Item")
 
 # What is asked is at fault, such as a document that is longer than the model reads: others may be answered.
 _REFUSED = {400, 413, 422}
-# So many of these before the first answer: the request itself is wrong.
+# So many of these before the first answer: the request itself is wrong. So many in a row: the server is gone.
 _REFUSALS = 8
 # Too many requests, timeouts, and servers in trouble: the same request may succeed later.
 _TRY_AGAIN = {408, 409, 425, 429}
@@ -49,7 +58,8 @@ class Endpoint:
 
     Requests that fail for reasons that may pass (no connection, timeouts, status 408, 409, 425, 429 and 5xx, answers
     that are cut off or malformed) are repeated, after waits that double, or as long as `Retry-After` says. Those with
-    status 400, 413 or 422 are `Refused`. Others, such as 401, end the run at once, as do refusals without any answer.
+    status 400, 413 or 422 are `Refused`, and so is one that a server which answers others fails at to the last attempt.
+    Others, such as 401, end the run at once, as do refusals and malformed answers without any good one.
 
     Args:
         url: Of the route.
@@ -72,7 +82,7 @@ class Endpoint:
         *,
         concurrency: PositiveInt = 8,
         requests_per_minute: PositiveInt | None = None,
-        attempts: PositiveInt = 6,
+        attempts: PositiveInt = 10,
         timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0,
         api_key_variable: str | None = None,
         backoff: NonNegativeFloat = 1.0,
@@ -86,7 +96,8 @@ class Endpoint:
         self.url, self.concurrency, self._timeout = url, concurrency, timeout
         #: How often a request was repeated, by what was wrong.
         self.repeated: Counter[str] = Counter()
-        self._answered, self._refusals = False, 0
+        self._answered, self._refusals, self._lost = False, 0, 0
+        self._stopped = threading.Event()
         key = _key_of(api_key_variable)
         self._client = httpx.Client(
             timeout=timeout,
@@ -97,7 +108,8 @@ class Endpoint:
         doubling = wait_random_exponential(multiplier=backoff, max=_LONGEST_WAIT)
         self._retrying = Retrying(
             retry=retry_if_exception_type((Unavailable, Malformed)),
-            stop=stop_after_attempt(attempts),
+            stop=stop_after_attempt(attempts) | stop_when_event_set(self._stopped),
+            sleep=sleep_using_event(self._stopped),
             wait=lambda state: doubling(state) if (asked := _asked_for(state)) is None else asked,
             before_sleep=self._count,
             reraise=True,
@@ -112,19 +124,33 @@ class Endpoint:
 
         Raises:
             Unavailable, Malformed: if that is how the last attempt ended.
-            Refused: if the server refuses this request.
-            ValueError: if it refuses all; repeating them would not help.
+            Refused: if the server refuses this request, or answers others and never this one.
+            ValueError: if it refuses all, or answers nothing well; repeating them would not help.
         """
-        return self._retrying.copy()(self._ask, payload, parse)
+        try:
+            return self._retrying.copy()(self._ask, payload, parse)
+        except (Unavailable, Malformed) as error:
+            self._lost += 1
+            if isinstance(error, Unavailable) and self._answered and self._lost < _REFUSALS:
+                raise Refused(str(error)) from error
+            if isinstance(error, Malformed) and not self._answered and self._lost >= _REFUSALS:
+                raise ValueError(f"{error} No answer was better.") from error
+            raise
 
     def map(self, function: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
         """What a function that asks returns for each item, in order, so many at once as the server may get."""
+        self._stopped.clear()
         with threads(self.concurrency) as pool:
-            futures = [pool.submit(function, item) for item in items]
-            # One request that is refused ends the run: those that were not sent stay unsent.
-            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                future.result()
-            return [future.result() for future in futures]
+            try:
+                futures = [pool.submit(function, item) for item in items]
+                # One request that is refused ends the run: those that were not sent stay unsent.
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()
+                return [future.result() for future in futures]
+            except BaseException:
+                # Nobody waits for what would be repeated.
+                self._stopped.set()
+                raise
 
     def _ask(self, payload: dict[str, Any], parse: Callable[[Any], Answer]) -> Answer:
         if self._limiter is not None:
@@ -144,15 +170,16 @@ class Endpoint:
             raise (Refused if is_one else ValueError)(
                 f"{self.url} answered {response.status_code}: {response.text[:200]}"
             )
-        self._answered = True
         try:
             answer = response.json()
         except (ValueError, RecursionError) as error:
             raise Malformed(f"{self.url} answered what is no JSON: {error}") from None
         try:
-            return parse(answer)
+            parsed = parse(answer)
         except (LookupError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
             raise Malformed(f"{self.url} answered something else than it should: {error!r}") from None
+        self._answered, self._lost = True, 0
+        return parsed
 
     def _post(self, payload: dict[str, Any]) -> httpx.Response:
         # httpx's own timeout is that of each piece of an answer.
@@ -172,7 +199,10 @@ class Endpoint:
 def _key_of(variable: str | None) -> str | None:
     if variable is not None and not os.environ.get(variable):
         raise ValueError(f"api_key_variable is {variable!r}, but there is no such variable: set it, or leave it out.")
-    return os.environ[variable] if variable else None
+    key = os.environ[variable].strip() if variable else None
+    if key and not (key.isascii() and key.isprintable()):
+        raise ValueError(f"api_key_variable is {variable!r}, which holds no key: a key is plain ASCII, in one line.")
+    return key
 
 
 def _asked_for(state: RetryCallState) -> float | None:

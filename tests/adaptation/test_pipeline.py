@@ -13,6 +13,7 @@ from modeling_querit.adaptation import pipeline
 from modeling_querit.adaptation.pipeline import STAGES, Adaptation
 from modeling_querit.adaptation.settings import AdaptSettings
 from modeling_querit.adaptation.teachers import CrossEncoderTeacher
+from modeling_querit.adaptation.weights import identity_of
 from modeling_querit.cli import main as run_cli
 from modeling_querit.files import write_jsonl
 
@@ -172,6 +173,39 @@ def test_another_model_under_the_same_name_is_asked_anew(tmp_path, folder):
     Adaptation(settings, said.append).run(DATA)
     assert ["done before" in line for line in said] == [True, True, True, False]
     assert dataset_of(settings.output_dir)["train.jsonl"] != before["train.jsonl"]
+
+
+def test_another_base_of_an_adapter_is_asked_anew(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    before = identity_of(str(tmp_path / "adapter"))
+    assert identity_of(str(tmp_path / "adapter")) == before
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"")
+    assert identity_of(str(tmp_path / "adapter")) != before
+
+
+def test_runs_and_models_of_servers_are_no_folders_here(tmp_path, folder, monkeypatch):
+    write_collection(tmp_path / "collection")
+    server = {"type": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "/models/far"}
+    settings = make_settings(
+        tmp_path,
+        folder,
+        queries={"generators": {"writer": server}},
+        candidates={"first_stages": ["bm25", str(tmp_path / "mine.trec")]},
+        teachers={"bm25": {}, "far": server},
+    )
+    monkeypatch.setattr(Adaptation, "_do", lambda self, stage: None)
+    Adaptation(settings).run()
+
+
+def test_a_file_that_was_cut_is_named(settings):
+    Adaptation(settings).run(STAGES[:2])
+    queries = settings.output_dir / "data" / "queries.jsonl"
+    queries.write_text(queries.read_text()[:-5])
+    with pytest.raises(ValueError, match=r"queries\.jsonl, line \d+: .* Remove the file"):
+        Adaptation(settings).run(["candidates"])
 
 
 def test_a_student_that_was_trained_since_is_trained_anew(tmp_path, folder):
@@ -342,6 +376,12 @@ def test_settings_that_mean_nothing_are_named(tmp_path, folder, section, message
         ({"train": {"learning_rate": "abc"}}, "the section train: .*--learning_rate.*: invalid float value: 'abc'"),
         ({"evaluation": ["/nowhere:test"]}, "/nowhere/qrels/test.tsv"),
         ({"train": {"modell": "x"}}, "the section train: 'modell' is no setting"),
+        ({"train": {"losses": ["bogus"]}}, "the section train: 'bogus' is no loss"),
+        ({"train": {"per_device_train_batch_size": 0}}, "the section train: per_device_train_batch_size is 0"),
+        ({"train": {"learning_rate": float("nan")}}, "the section train: learning_rate is nan"),
+        ({"train": {"lora_rank": -1}}, "the section train: lora_rank is -1"),
+        ({"train": {"max_length": -5}}, "the section train: max_length is -5"),
+        ({"train": {"freeze": "foo"}}, "the section train: freeze is 'foo'"),
     ],
 )
 def test_options_that_mean_nothing_are_named(tmp_path, folder, section, message):

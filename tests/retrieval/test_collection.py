@@ -34,6 +34,15 @@ def test_reads_candidates(folder):
     assert Collection.load(folder, "test").candidates == {"q1": ["d2", "d1"]}
 
 
+def test_ids_may_be_numbers(folder):
+    (folder / "corpus.jsonl").write_text('{"_id": 1, "text": "red"}\n{"_id": 2, "text": "grey"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": 7, "text": "which fox"}\n')
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n7\t1\t2\n")
+    collection = Collection.load(folder, "test")
+    assert list(collection.documents) == ["1", "2"]
+    assert collection.queries == {"7": "which fox"}
+
+
 def test_a_missing_file_is_named(folder):
     (folder / "corpus.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"corpus\.jsonl is missing"):

@@ -1,8 +1,10 @@
 """Runs that are killed, and go on: the end is the same as if nothing had happened."""
 
+import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 
 import pytest
@@ -111,6 +113,17 @@ def test_killed_at_random_and_resumed_gives_the_same_weights(arguments, tmp_path
     assert whole.keys() == killed.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, killed[name]), name
+
+
+def test_killed_after_the_last_checkpoint_trains_no_step_more(arguments, tmp_path):
+    # In the middle of an epoch, with a rate that does not end at zero.
+    more = ["--max_steps", "4", "--lr_scheduler_type", "constant"]
+    assert launch(arguments("run", *more)) == 0
+    state, before = tmp_path / "run" / "trainer_state.json", tensors(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert launch(arguments("run", *more, "--resume", "True")) == 0
+    assert json.loads(state.read_text())["global_step"] == 4
+    assert all(torch.equal(tensor, tensors(tmp_path / "run")[name]) for name, tensor in before.items())
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(arguments, tmp_path):
