@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .attention_querit import CURRENT_RUN, NAME, CannotPack, Run, States
 from .packing_querit import Pack, plan_packs
-from .precision_querit import Float32Arithmetic, Int8Arithmetic, float32_is_faster
+from .precision_querit import Float32Arithmetic, Int8Arithmetic, fastest_arithmetic
 
 # Parts of a decoder layer that compute each token for itself, under the names that transformers gives them. Keys and
 # values are not among them: the last layer needs those of all tokens.
@@ -50,8 +50,8 @@ def score_pack(
         pack: The pairs.
         carried: What the call for the pack before returned, if `pack.carried`.
         reads_last_only: Whether the last layer leaves out what nobody reads.
-        converts: Whether to compute as this processor is fastest: in float32 where it is slow at bfloat16, and with
-            int8 weights by `Int8Arithmetic`.
+        converts: Whether to compute as `fastest_arithmetic` says for this processor, and with int8 weights by
+            `Int8Arithmetic`.
 
     Returns:
         p1 - p0, (pairs,) in float32, in the order of `pack.pairs`; and the states of `pack.keeps`.
@@ -143,10 +143,11 @@ def can_pack(model: Any) -> bool:
 def _forward(model: Any, input_ids: Tensor, *, converts: bool, **kwargs: Any) -> Tensor:
     """Final hidden states, (batch, sequence, hidden), without a cache."""
     inputs = {"input_ids": input_ids}
+    states, products = fastest_arithmetic(model.device, model.dtype)
     with ExitStack() as modes:
-        if converts and float32_is_faster(model.device, model.dtype):
-            inputs = {"inputs_embeds": model.get_input_embeddings()(input_ids).float()}
-            modes.enter_context(Float32Arithmetic())
+        if converts and states != model.dtype:
+            inputs = {"inputs_embeds": model.get_input_embeddings()(input_ids).to(states)}
+            modes.enter_context(Float32Arithmetic(products))
         if converts and getattr(model, "is_quantized", False):
             modes.enter_context(Int8Arithmetic())
         return model.model(**inputs, use_cache=False, **kwargs).last_hidden_state

@@ -24,7 +24,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from .moe_triton_querit import Saved, experts_backward, experts_forward, is_available
-from .precision_querit import float32_is_faster
+from .precision_querit import fastest_arithmetic
 
 NAME = "querit"
 TRITON_NAME = "querit_triton"
@@ -62,12 +62,15 @@ def querit_experts_forward(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _forward_for_backward(self, hidden_states, top_k_index, top_k_weights)
     dtype = _product_dtype(self, hidden_states)
-    if float32_is_faster(hidden_states.device, dtype):
-        if top_k_index.numel() >= _ROWS_WORTH_CONVERTING * self.num_experts:
-            dtype = torch.float32
-        elif _suits_grouped_mm(self):
+    # Rounding float32 states is what transformers does, too, where they meet weights of less.
+    fastest = fastest_arithmetic(
+        hidden_states.device, self.down_proj.dtype if dtype == torch.float32 else dtype
+    ).products
+    if dtype != fastest == torch.float32 and top_k_index.numel() < _ROWS_WORTH_CONVERTING * self.num_experts:
+        if _suits_grouped_mm(self):
             return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
-    return _forward(self, hidden_states, top_k_index, top_k_weights, dtype)
+        fastest = dtype
+    return _forward(self, hidden_states, top_k_index, top_k_weights, fastest)
 
 
 def triton_experts_forward(

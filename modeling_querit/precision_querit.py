@@ -1,28 +1,51 @@
-"""Arithmetic as the processor at hand is fastest at it: float32 on weights of less, int8 on int8 weights."""
+"""Arithmetic as the processor at hand is fastest at it: in float32, bfloat16 or int8."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import layer_norm, linear, rms_norm
 from torch.overrides import TorchFunctionMode
 
-# What a processor calls its matrix units for bfloat16; without one, a bfloat16 product runs at about 0.6 of the speed
-# of a float32 one (measured: `python -m benchmarks.experts`).
-_BFLOAT16_UNITS = ("amx_bf16", "bf16", "sve_bf16", "arm_bf16")
+# What processors call their matrix units for bfloat16.
+_MATRIX_UNITS = ("amx_bf16", "bf16", "sve_bf16", "arm_bf16")
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
-def float32_is_faster(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of large matrices in `dtype` are best computed in float32: on CPUs without bfloat16 units."""
-    return device.type == "cpu" and dtype in _LOW_PRECISION and not _has_bfloat16_units()
+class Arithmetic(NamedTuple):
+    """Dtypes: of the states between a model's layers, and of what is multiplied with its weights."""
+
+    states: torch.dtype
+    products: torch.dtype
+
+
+def fastest_arithmetic(device: torch.device, dtype: torch.dtype) -> Arithmetic:
+    """How weights of `dtype` are best computed with: on GPUs and with matrix units all in `dtype`.
+
+    Other CPUs gain next to nothing from states of less than float32, which is more exact. AMD's since Zen 4 multiply
+    bfloat16 at 2.3 times the speed of float32; on CPUs without such instructions a bfloat16 product runs at 0.6 of the
+    speed of a float32 one (both measured: `python -m benchmarks.experts`, `dense` against `dense, float32`).
+    """
+    if device.type != "cpu" or dtype not in _LOW_PRECISION or _has_matrix_units():
+        return Arithmetic(dtype, dtype)
+    if dtype == torch.bfloat16 and _multiplies_bfloat16():
+        return Arithmetic(torch.float32, torch.bfloat16)
+    return Arithmetic(torch.float32, torch.float32)
 
 
 @cache
-def _has_bfloat16_units() -> bool:
-    return any(torch.cpu.get_capabilities().get(unit) for unit in _BFLOAT16_UNITS)
+def _has_matrix_units() -> bool:
+    return any(torch.cpu.get_capabilities().get(unit) for unit in _MATRIX_UNITS)
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    # Intel's cores have that instruction at half the rate of the float32 one.
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_bf16")) and "AMD" in known.get("cpu_name", "")
 
 
 class Float32Arithmetic(TorchFunctionMode):
@@ -30,6 +53,10 @@ class Float32Arithmetic(TorchFunctionMode):
 
     Each weight is converted when it is used, and forgotten: memory stays that of the stored weights, while every sum is
     a float32 sum. Quantized weights (tensor subclasses) do their own arithmetic and are left alone.
+
+    Args:
+        products: Of activations with weights of that dtype: float32, or bfloat16, to which the activations are rounded
+            then, and what comes out, as in `torch.autocast`; all between stays float32.
 
     Example:
         ```python
@@ -40,21 +67,34 @@ class Float32Arithmetic(TorchFunctionMode):
         ```
     """
 
+    def __init__(self, products: torch.dtype = torch.float32):
+        super().__init__()
+        self.products = products
+
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Called by torch in place of `func`."""
         kwargs = kwargs or {}
-        if func in _WEIGHTED and (args[0] if args else kwargs["input"]).dtype == torch.float32:
-            args = tuple(_as_float32(each) for each in args)
-            kwargs = {name: _as_float32(each) for name, each in kwargs.items()}
-        return func(*args, **kwargs)
+        if func not in _WEIGHTED or (args[0] if args else kwargs["input"]).dtype != torch.float32:
+            return func(*args, **kwargs)
+        dtype = self.products if func is linear and self._multiplies(*args, **kwargs) else torch.float32
+        args = tuple(_converted(each, dtype) for each in args)
+        kwargs = {name: _converted(each, dtype) for name, each in kwargs.items()}
+        output = func(*args, **kwargs)
+        return output if dtype == torch.float32 else output.float()
+
+    def _multiplies(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+        return all(_is_plain(each) and each.dtype == self.products for each in (weight, bias) if each is not None)
 
 
-_WEIGHTED = frozenset((torch.nn.functional.linear, torch.nn.functional.layer_norm, torch.nn.functional.rms_norm))
+_WEIGHTED = frozenset((linear, layer_norm, rms_norm))
 
 
-def _as_float32(value: Any) -> Any:
-    is_plain = type(value) in (torch.Tensor, torch.nn.Parameter)
-    return value.float() if is_plain and value.dtype in _LOW_PRECISION else value
+def _is_plain(value: Any) -> bool:
+    return type(value) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _converted(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if _is_plain(value) and value.dtype in (*_LOW_PRECISION, torch.float32) else value
 
 
 class Int8Arithmetic(TorchFunctionMode):
@@ -80,7 +120,7 @@ class Int8Arithmetic(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Called by torch in place of `func`."""
         kwargs = kwargs or {}
-        if func is torch.nn.functional.linear and not kwargs and _is_dynamic_int8(args[1]):
+        if func is linear and not kwargs and _is_dynamic_int8(args[1]):
             return self._linear(*args)
         if _writes_in_place(func, kwargs):
             self._states = None

@@ -51,8 +51,8 @@ class Optimizations:
         packs: Pairs are laid end to end, so that padding is not computed with.
         share_prefix: What the pairs of a query begin with is computed once, its states serve them all. Needs `packs`.
         reads_last_only: The last layer computes nothing but keys and values for tokens nobody reads. Needs `packs`.
-        converts: Arithmetic is as the processor is fastest: in float32 on CPUs without bfloat16 units, and with int8
-            weights, states are quantized once for all layers that read them.
+        converts: Arithmetic is as the processor is fastest: with states in float32 on CPUs without matrix units, and
+            with int8 weights, states are quantized once for all layers that read them.
     """
 
     packs: bool = True

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from modeling_querit import precision_querit
-from modeling_querit.precision_querit import Float32Arithmetic, Int8Arithmetic, float32_is_faster
+from modeling_querit.precision_querit import Float32Arithmetic, Int8Arithmetic, fastest_arithmetic
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -16,9 +16,12 @@ class Subclass(torch.Tensor):
 @pytest.fixture
 def capabilities(monkeypatch):
     """Sets what the processor is said to be capable of."""
-    precision_querit._has_bfloat16_units.cache_clear()
+    asked = (precision_querit._has_matrix_units, precision_querit._multiplies_bfloat16)
+    for each in asked:
+        each.cache_clear()
     yield lambda **units: monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
-    precision_querit._has_bfloat16_units.cache_clear()
+    for each in asked:
+        each.cache_clear()
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -70,6 +73,29 @@ def test_inputs_in_bfloat16_are_left_alone(kind):
     assert torch.equal(output, module(inputs))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_in_bfloat16_leave_all_else_in_float32(kind):
+    module, inputs = make_module(kind, torch.bfloat16), normal(5, 24, seed=9)
+    with Float32Arithmetic(torch.bfloat16):
+        output = module(inputs)
+    assert output.dtype == torch.float32
+    if kind.startswith("linear"):
+        assert torch.equal(output, module(inputs.bfloat16()).float())
+    else:
+        assert torch.equal(output, module.float()(inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_weights_of_another_dtype_are_multiplied_in_float32(dtype):
+    module, inputs = make_module("linear", dtype), normal(5, 24, seed=9)
+    mixed = make_module("linear", torch.bfloat16).to(torch.bfloat16)
+    mixed.bias.data = mixed.bias.data.float()
+    with Float32Arithmetic(torch.bfloat16):
+        output, of_mixed = module(inputs), mixed(inputs)
+    assert torch.equal(output, module.float()(inputs))
+    assert torch.equal(of_mixed, mixed.float()(inputs))
+
+
 def test_names_of_arguments_make_no_difference():
     module, inputs = make_module("linear", torch.bfloat16), normal(5, 24)
     with Float32Arithmetic():
@@ -79,6 +105,9 @@ def test_names_of_arguments_make_no_difference():
             F.linear(input=inputs, weight=module.weight, bias=module.bias),
             F.layer_norm(input=inputs, normalized_shape=(24,), weight=module.weight[0]),
         ]
+    with Float32Arithmetic(torch.bfloat16):
+        rounded = F.linear(input=inputs, weight=module.weight, bias=module.bias)
+    assert torch.equal(rounded, module(inputs.bfloat16()).float())
     exact = F.linear(inputs, module.weight.float(), module.bias.float())
     assert all(torch.equal(output, exact) for output in outputs[:3])
     assert torch.equal(outputs[3], F.layer_norm(inputs, (24,), module.weight[0].float()))
@@ -138,29 +167,40 @@ def test_leaves_other_functions_alone():
         assert F.embedding(torch.tensor([1]), normal(3, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+AMD = {"avx512_bf16": True, "cpu_name": "AMD EPYC 9B14"}
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
 @pytest.mark.parametrize(
     ("units", "device", "dtype", "expected"),
     [
-        ({"amx_bf16": True}, CPU, torch.bfloat16, False),
-        ({"bf16": True}, CPU, torch.bfloat16, False),
-        ({"amx_bf16": False, "avx512_bf16": True}, CPU, torch.bfloat16, True),
-        ({}, CPU, torch.bfloat16, True),
-        ({}, CPU, torch.float16, True),
-        ({}, CPU, torch.float32, False),
-        ({}, CPU, torch.float64, False),
-        ({}, CUDA, torch.bfloat16, False),
+        ({"amx_bf16": True}, CPU, BF16, (BF16, BF16)),
+        ({"bf16": True}, CPU, BF16, (BF16, BF16)),
+        (AMD, CPU, BF16, (F32, BF16)),
+        (AMD, CPU, F16, (F32, F32)),
+        (AMD, CPU, F32, (F32, F32)),
+        (AMD, CUDA, BF16, (BF16, BF16)),
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC 7B13"}, CPU, BF16, (F32, F32)),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, CPU, BF16, (F32, F32)),
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, CPU, BF16, (BF16, BF16)),
+        ({"avx512_bf16": True}, CPU, BF16, (F32, F32)),
+        ({}, CPU, BF16, (F32, F32)),
+        ({}, CPU, F16, (F32, F32)),
+        ({}, CPU, F32, (F32, F32)),
+        ({}, CPU, F64, (F64, F64)),
+        ({}, CUDA, BF16, (BF16, BF16)),
     ],
 )
-def test_float32_is_faster_without_units_for_bfloat16(capabilities, units, device, dtype, expected):
+def test_arithmetic_is_that_of_the_processor(capabilities, units, device, dtype, expected):
     capabilities(**units)
-    assert float32_is_faster(device, dtype) is expected
+    assert fastest_arithmetic(device, dtype) == expected
 
 
 def test_asks_the_processor_once(capabilities):
     capabilities(amx_bf16=True)
-    assert not float32_is_faster(CPU, torch.bfloat16)
+    assert fastest_arithmetic(CPU, BF16).products == BF16
     capabilities()
-    assert not float32_is_faster(CPU, torch.bfloat16)
+    assert fastest_arithmetic(CPU, BF16).products == BF16
 
 
 @pytest.fixture
