@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from ..files import replacing, sha256, write_jsonl
 from ..retrieval.collection import check_judgements
-from ..retrieval.dense import check_package
+from ..retrieval.dense import check_index, check_package
 from ..retrieval.runs import is_run, write_run
 from ..training.checks import check_settings
 from ..training.record import FREE
@@ -154,6 +154,9 @@ class Adaptation:
             check_package(name)
         for name in models_of(self.settings, ("queries", "candidates", "teachers", "train")):
             check_there(name)
+        check_index(self.settings.candidates.index)
+        if (examples := self.settings.queries.examples) is not None:
+            read_examples(examples)
         check_options(self.settings)
         self._check_training()
         for source in self.settings.evaluation:

