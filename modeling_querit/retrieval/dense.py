@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save
 
 from ..files import replacing
 
@@ -31,8 +32,8 @@ class DenseIndex:
         batch_size: Texts encoded at once.
         factory: `exact`, or the name of a `faiss` index for collections where that takes too long, such as
             `"IVF4096,SQ8"` or `"HNSW32"`. Embeddings are in memory either way.
-        folder: Where embeddings are kept, a file for each 512 documents, so that they are computed once. Name it by
-            the encoder: nothing else tells the embeddings of one from those of another.
+        folder: Where embeddings are kept by the text they are of, 512 or fewer in a file, so that they are computed
+            once. Name it by the encoder: nothing else tells the embeddings of one from those of another.
 
     Example:
         ```python
@@ -54,7 +55,7 @@ class DenseIndex:
         self.ids = list(documents)
         self._encoder, self._batch_size = encoder, batch_size
         texts = [f"{each.get('title') or ''} {each['text']}".strip() for each in documents.values()]
-        self._embeddings = np.concatenate(list(self._embed(texts, None if folder is None else Path(folder))))
+        self._embeddings = self._embed(texts, None if folder is None else Path(folder))
         self._places = {document: place for place, document in enumerate(self.ids)}
         self._index = None if factory == EXACT else _faiss_index(factory, self._embeddings)
         self._queries: dict[str, np.ndarray] = {}
@@ -90,20 +91,17 @@ class DenseIndex:
             self._queries.update(zip(new, self._encode("encode_query", new), strict=True))
         return np.stack([self._queries[query] for query in queries])
 
-    def _embed(self, texts: list[str], folder: Path | None) -> Iterator[np.ndarray]:
-        for start in range(0, len(texts), _CHUNK):
-            chunk = texts[start : start + _CHUNK]
-            if folder is None:
-                yield self._encode("encode_document", chunk)
-                continue
-            path = folder / f"{_digest(chunk)}.npy"
-            if not path.exists():
-                # By way of memory: numpy's own words for a full disk are not the system's.
-                buffer = BytesIO()
-                np.save(buffer, self._encode("encode_document", chunk), allow_pickle=False)
-                with replacing(path) as aside:
-                    aside.write_bytes(buffer.getvalue())
-            yield np.load(path, allow_pickle=False)
+    def _embed(self, texts: list[str], folder: Path | None) -> np.ndarray:
+        """(texts, dimensions), of which those in the folder are not computed."""
+        if folder is None:
+            return self._encode("encode_document", texts)
+        kept = _Kept(folder)
+        digests = [_digest(text) for text in texts]
+        missing = {digest: text for digest, text in zip(digests, texts, strict=True) if digest not in kept.places}
+        for start in range(0, len(missing), _CHUNK):
+            chunk = dict(islice(missing.items(), start, start + _CHUNK))
+            kept.add(list(chunk), self._encode("encode_document", list(chunk.values())))
+        return kept.get(digests)
 
     def _encode(self, method: str, texts: list[str]) -> np.ndarray:
         """(texts, dimensions), float32, each of length 1."""
@@ -177,8 +175,33 @@ def _faiss_index(factory: str, embeddings: np.ndarray) -> Any:
     return index
 
 
-def _digest(texts: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-    return digest.hexdigest()[:32]
+class _Kept:
+    """Embeddings in the files of a folder; `places` tells of each digest where among them all."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.places, self._parts = folder, {}, []
+        for path in sorted(folder.glob("*.safetensors")):
+            part = load_file(path)
+            self._remember([bytes(each) for each in part["digests"]], part["embeddings"])
+
+    def add(self, digests: Sequence[bytes], embeddings: np.ndarray) -> None:
+        """Write embeddings down, (digests, dimensions)."""
+        part = {"digests": np.stack([np.frombuffer(each, np.uint8) for each in digests]), "embeddings": embeddings}
+        # By way of memory: the library's own words for a full disk are not the system's.
+        with replacing(self.folder / f"{_digest(b''.join(digests)).hex()}.safetensors") as aside:
+            aside.write_bytes(save(part))
+        self._remember(digests, embeddings)
+
+    def get(self, digests: Sequence[bytes]) -> np.ndarray:
+        """(digests, dimensions)"""
+        return np.concatenate(self._parts)[[self.places[digest] for digest in digests]]
+
+    def _remember(self, digests: Sequence[bytes], embeddings: np.ndarray) -> None:
+        start = sum(map(len, self._parts))
+        self.places.update(zip(digests, range(start, start + len(embeddings)), strict=True))
+        self._parts.append(embeddings)
+
+
+def _digest(text: str | bytes) -> bytes:
+    text = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(text).digest()[:16]

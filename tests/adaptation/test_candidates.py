@@ -68,7 +68,7 @@ def test_other_prompts_are_another_encoder(encoder, tmp_path):
 def test_embeddings_are_kept_by_encoder(encoder, tmp_path):
     stage = FirstStage(str(encoder), DOCUMENTS, tmp_path)
     (folder,) = tmp_path.iterdir()
-    (file,) = folder.glob("*.npy")
+    (file,) = folder.glob("*.safetensors")
     before = file.stat().st_mtime_ns
     again = FirstStage(str(encoder), DOCUMENTS, tmp_path, batch_size=3)
     assert file.stat().st_mtime_ns == before

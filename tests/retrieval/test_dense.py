@@ -59,7 +59,7 @@ def test_scores_are_those_of_the_search():
 
 
 def make_documents(count):
-    return {f"d{n}": {"title": "", "text": "a" * (n % 7) + "b" * (n // 7 % 11) + "c"} for n in range(count)}
+    return {f"d{n}": {"title": "", "text": "a" * (n % 7) + "b" * (n // 7 % 11) + f"c {n}"} for n in range(count)}
 
 
 def test_embeddings_in_a_folder_are_computed_once(tmp_path):
@@ -80,10 +80,13 @@ def test_what_is_kept_is_kept_by_text(tmp_path):
     renamed, changed = Letters(), Letters()
     DenseIndex({f"new {name}": each for name, each in documents.items()}, renamed, folder=tmp_path)
     assert renamed.asked == []
-    # Of the part that has another text, and of no other.
-    index = DenseIndex(documents | {"d599": {"title": "", "text": "b"}}, changed, folder=tmp_path)
-    assert [count for count, _ in changed.asked] == [88]
-    assert index.scores("b", ["d599"]) == [pytest.approx(1.0)]
+    # Wherever it stands, and however often.
+    new = {"title": "", "text": "b"}
+    index = DenseIndex({"first": new, **documents, "d599": new}, changed, folder=tmp_path)
+    assert [count for count, _ in changed.asked] == [1]
+    assert index.scores("b", ["first", "d599"]) == pytest.approx([1.0, 1.0])
+    fresh = DenseIndex({"first": new, **documents, "d599": new}, Letters())
+    assert index.search(["ab", "c"], k=20) == fresh.search(["ab", "c"], k=20)
 
 
 class Killed(BaseException):
@@ -103,18 +106,18 @@ def test_a_killed_run_does_no_harm(tmp_path):
     documents = make_documents(600)
     with pytest.raises(Killed):
         DenseIndex(documents, Dying(), folder=tmp_path)
-    (whole,) = tmp_path.glob("*.npy")
+    (whole,) = tmp_path.glob("*.safetensors")
     other, again = Letters(), Letters()
     expected = DenseIndex(documents, other).search(["ab"], k=5)
     # What a process leaves that had no time to clear up: half of the file beside its place.
     DenseIndex(documents, Letters(), folder=tmp_path)
-    (last,) = set(tmp_path.glob("*.npy")) - {whole}
+    (last,) = set(tmp_path.glob("*.safetensors")) - {whole}
     last.with_name(f"{last.name}.part").write_bytes(last.read_bytes()[:50])
     last.unlink()
     index = DenseIndex(documents, again, folder=tmp_path)
     assert [count for count, _ in again.asked] == [88]
     assert index.search(["ab"], k=5) == expected
-    assert {path.suffix for path in tmp_path.iterdir()} == {".npy"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
 
 
 def test_queries_are_encoded_once():
