@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from ..files import replacing
@@ -181,8 +182,11 @@ class _Kept:
     def __init__(self, folder: Path):
         self.folder, self.places, self._parts = folder, {}, []
         for path in sorted(folder.glob("*.safetensors")):
-            part = load_file(path)
-            self._remember([bytes(each) for each in part["digests"]], part["embeddings"])
+            try:
+                part = load_file(path)
+                self._remember([bytes(each) for each in part["digests"]], part["embeddings"])
+            except (SafetensorError, KeyError, ValueError) as error:
+                raise ValueError(f"{path} holds no embeddings ({error}). Remove it, and they are made again.") from None
 
     def add(self, digests: Sequence[bytes], embeddings: np.ndarray) -> None:
         """Write embeddings down, (digests, dimensions)."""

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
 from modeling_querit.retrieval import dense
 from modeling_querit.retrieval.dense import DenseIndex, check_index, load_encoder
@@ -127,6 +128,15 @@ def test_queries_are_encoded_once():
     index.search(["a", "b", "a"], k=1)
     index.scores("b", ["one"])
     assert [count for count, _ in encoder.asked] == [2]
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.read_bytes()[:-9], lambda file: save({"other": np.ones(3)})])
+def test_damaged_files_are_named(tmp_path, damage):
+    DenseIndex(DOCUMENTS, Letters(), folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file))
+    with pytest.raises(ValueError, match=f"{file.name} holds no embeddings .* Remove it, and they are made again"):
+        DenseIndex(DOCUMENTS, Letters(), folder=tmp_path)
 
 
 def test_flat_faiss_is_exact():
