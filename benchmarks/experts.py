@@ -1,9 +1,9 @@
 """A mixture-of-experts layer, ours against dense arithmetic and transformers' own: python -m benchmarks.experts
 
-The layer is that of A0.4B, 128 experts of width 512, 4 a token, hidden 1,024, with random weights and random routing.
-The dense layer is a SwiGLU of width 4 x 512: the same arithmetic for a token, without any routing. On CUDA the Triton
-kernels are first checked against transformers' loop in float64, forward and backward; then the training step is timed
-as well.
+The layer is that of A0.4B: hidden size 1,024, 128 experts of width 512, 4 for each token, with random weights and
+random routing. The dense layer is a SwiGLU of width 4 x 512: the same arithmetic for a token, without routing. On CUDA
+the Triton kernels are first checked against transformers' loop in float64, forward and backward, and the training step
+is timed too.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from benchmarks import timing
 from benchmarks.shapes import text_config
 from modeling_querit import moe_querit
 
-# More tokens than this, and batched_mm copies more weights than memory holds.
+# With more tokens, batched_mm copies more weights than fit in memory.
 BATCHED_MM_TOKENS = 64
-# Of the largest value of each tensor.
+# Largest error by dtype, relative to the largest value of a tensor.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 CHECKED_TOKENS = 512
 
@@ -36,11 +36,11 @@ Function = Callable[[], Any]
 
 def implementation(device: torch.device) -> str:
     """The name of our implementation on a device."""
-    return getattr(moe_querit, "TRITON_NAME", moe_querit.NAME) if device.type == "cuda" else moe_querit.NAME
+    return moe_querit.TRITON_IMPLEMENTATION if device.type == "cuda" else moe_querit.EXPERTS_IMPLEMENTATION
 
 
 def make_layer(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> DeepseekV3Experts:
-    """Experts with random weights."""
+    """Make experts with random weights."""
     layer = DeepseekV3Experts(config).eval()
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=config.initializer_range)
@@ -48,13 +48,13 @@ def make_layer(config: PreTrainedConfig, dtype: torch.dtype, device: torch.devic
 
 
 def make_dense(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> DeepseekV3MLP:
-    """A dense layer with the arithmetic that the experts of one token take."""
+    """Make a dense layer with the arithmetic of the experts of one token."""
     width = config.num_experts_per_tok * config.moe_intermediate_size
     return DeepseekV3MLP(config, intermediate_size=width).eval().to(device, dtype)
 
 
 def make_inputs(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Hidden states, and for each token distinct random experts with weights that sum to 1."""
+    """Draw hidden states, and for each token distinct experts with weights that sum to 1."""
     hidden_states = torch.randn(tokens, config.hidden_size)
     scores, experts = torch.rand(tokens, config.n_routed_experts).topk(config.num_experts_per_tok)
     weights = scores / scores.sum(-1, keepdim=True)
@@ -62,20 +62,20 @@ def make_inputs(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, devic
 
 
 def run_layer(layer: DeepseekV3Experts, name: str, inputs: Inputs) -> Tensor:
-    """The layer's output by one implementation."""
+    """Output of the layer by an implementation."""
     layer.config._experts_implementation = name
     return layer(*inputs)
 
 
 def flops(config: PreTrainedConfig, tokens: int) -> float:
-    """Arithmetic of a forward pass: three products for each expert of each token."""
+    """Floating-point operations of a forward pass: three products for each expert of each token."""
     return 6.0 * tokens * config.num_experts_per_tok * config.hidden_size * config.moe_intermediate_size
 
 
 def contenders(
     layer: DeepseekV3Experts, dense: dict[str, nn.Module], inputs: Inputs, device: torch.device, backward: bool
 ) -> dict[str, Function]:
-    """What is timed, by name: ours, the dense layers, transformers' own implementations."""
+    """Functions to time, by name: ours, the dense layers, transformers' own implementations."""
     tokens = len(inputs[0])
     names = [implementation(device), "eager", "grouped_mm"]
     if tokens <= BATCHED_MM_TOKENS and not backward:
@@ -86,7 +86,7 @@ def contenders(
     for name, module in dense.items():
         forward[name] = module, module, next(module.parameters()).dtype
     step = _forward_backward if backward else _forward
-    return {name: step(each, module, inputs[0].to(dtype)) for name, (each, module, dtype) in forward.items()}
+    return {name: step(function, module, inputs[0].to(dtype)) for name, (function, module, dtype) in forward.items()}
 
 
 def _forward(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Function:
@@ -99,14 +99,14 @@ def _forward(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor)
 
 def _forward_backward(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Function:
     x = x.clone().requires_grad_()
-    wanted, grad = [x, *module.parameters()], torch.randn_like(x)
-    return lambda: torch.autograd.grad(function(x), wanted, grad)
+    tensors, grad = [x, *module.parameters()], torch.randn_like(x)
+    return lambda: torch.autograd.grad(function(x), tensors, grad)
 
 
 def compare(
     args: argparse.Namespace, config: PreTrainedConfig, tokens: int, backward: bool, rates: dict[str, float]
 ) -> list[timing.Row]:
-    """All rows for one number of tokens; `rates` are those of large matrix products."""
+    """Rows for a number of tokens; `rates` are GFLOP/s of large matrix products by dtype."""
     device, dtype = args.device, getattr(torch, args.dtype)
     layer, inputs = make_layer(config, dtype, device), make_inputs(config, tokens, dtype, device)
     dense: dict[str, nn.Module] = {"dense": make_dense(config, dtype, device)}
@@ -114,9 +114,9 @@ def compare(
         dense["dense, float32"] = make_dense(config, torch.float32, device)
     functions = contenders(layer, dense, inputs, device, backward)
     calls = 20 if device.type == "cuda" else 1
-    timed = {name: timing.synchronized(each, device, calls) for name, each in functions.items()}
+    timed = {name: timing.synchronized(function, device, calls) for name, function in functions.items()}
     seconds = timing.interleaved(timed, args.rounds)
-    seconds = {name: [each / calls for each in some] for name, some in seconds.items()}
+    seconds = {name: [time_taken / calls for time_taken in times] for name, times in seconds.items()}
     return _rows(seconds, list(dense), config, tokens, backward, implementation(device), rates)
 
 
@@ -131,33 +131,33 @@ def _rows(
 ) -> list[timing.Row]:
     workload = f"{tokens} tokens, forward{' and backward' if backward else ''}"
     work = flops(config, tokens) * (3 if backward else 1)
-    middle = timing.medians(seconds)
+    median = timing.medians(seconds)
 
     def row(against: str, remarks: str = "") -> timing.Row:
-        mine, theirs = work / middle[ours] / 1e9, work / middle[against] / 1e9
-        remarks = ", ".join(filter(None, [remarks, f"{mine:.0f} and {theirs:.0f} GFLOP/s"]))
-        figures = {"gflops_per_second_ours": mine, "gflops_per_second_against": theirs, "tokens": tokens}
-        return timing.row(workload, ours, against, seconds, remarks=remarks, **figures)
+        our_rate, their_rate = work / median[ours] / 1e9, work / median[against] / 1e9
+        remarks = ", ".join(filter(None, [remarks, f"{our_rate:.0f} and {their_rate:.0f} GFLOP/s"]))
+        rates = {"gflops_per_second_ours": our_rate, "gflops_per_second_against": their_rate}
+        return timing.row(workload, ours, against, seconds, remarks=remarks, tokens=tokens, **rates)
 
     others = [name for name in seconds if name not in (ours, *dense)]
-    best = min(others, key=lambda name: middle[name])
+    best = min(others, key=lambda name: median[name])
     best_row = row(best, best) | {"against": "best of transformers", "against_name": best}
     bound = timing.bound_row(workload, ours, seconds, work, rates, tokens=tokens)
     return [*(row(name) for name in (*dense, *others)), best_row, bound]
 
 
 def check(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, tokens: int) -> dict[str, float]:
-    """Errors of our output and gradients against the eager loop in float64, relative to each tensor's largest value."""
+    """Errors of our output and gradients by tensor, relative to its largest value, against the loop in float64."""
     layer, inputs = make_layer(config, dtype, device), make_inputs(config, tokens, dtype, device)
     exact = DeepseekV3Experts(config).to(device, torch.float64)
     exact.load_state_dict(layer.state_dict())
     grad = torch.randn_like(inputs[0])
-    found = _output_and_gradients(layer, implementation(device), inputs, grad)
+    actual = _output_and_gradients(layer, implementation(device), inputs, grad)
     expected = _output_and_gradients(exact, "eager", (inputs[0].double(), inputs[1], inputs[2].double()), grad)
     names = ("output", "hidden_states", "router weights", *(name for name, _ in layer.named_parameters()))
     return {
         name: ((a.double() - b).abs().max() / b.abs().max()).item()
-        for name, a, b in zip(names, found, expected, strict=True)
+        for name, a, b in zip(names, actual, expected, strict=True)
     }
 
 
@@ -169,12 +169,12 @@ def _output_and_gradients(layer: DeepseekV3Experts, name: str, inputs: Inputs, g
 
 
 def check_all(config: PreTrainedConfig, device: torch.device, tokens: int = CHECKED_TOKENS) -> list[dict[str, Any]]:
-    """Errors in both dtypes, printed; `ok` says whether each is small enough."""
+    """Print the errors in both dtypes; `ok` says whether one is within its tolerance."""
     table = Table("dtype", "tensor", "error", "tolerance", title=f"{implementation(device)} against float64")
     results = []
     for dtype, tolerance in TOLERANCES.items():
         for name, error in check(config, dtype, device, tokens).items():
-            # A NaN is not ok.
+            # Written so that NaN is not ok.
             results.append({"dtype": str(dtype), "tensor": name, "error": error, "ok": error <= tolerance})
             table.add_row(str(dtype), name, f"{error:.2e}", f"{tolerance:.0e}")
     Console(width=120).print(table)
@@ -191,13 +191,13 @@ def _profile(args: argparse.Namespace, config: PreTrainedConfig) -> dict[str, fl
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments of the command line."""
+    """Parse the command line."""
     parser = timing.common_parser(__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 2048, 4096], help="tokens of a pass")
-    parser.add_argument("--shape", choices=["a0_4b", "tiny_moe"], default="a0_4b", help="whose layer")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 2048, 4096], help="tokens of a forward pass")
+    parser.add_argument("--shape", choices=["a0_4b", "tiny_moe"], default="a0_4b", help="model whose layer is timed")
     backward = argparse.BooleanOptionalAction
     parser.add_argument("--backward", action=backward, help="time the training step too (default: on CUDA)")
-    parser.add_argument("--check-only", action="store_true", help="check against float64 and time nothing")
+    parser.add_argument("--check-only", action="store_true", help="check against float64 only")
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or 5
     args.backward = args.device.type == "cuda" if args.backward is None else args.backward
@@ -205,13 +205,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table, and write the figures."""
+    """Check, measure, print a table, and write the results."""
     args = parse(arguments)
     torch.manual_seed(args.seed)
     config = text_config(args.shape)
     checks = check_all(config, args.device) if args.device.type == "cuda" or args.check_only else []
-    if not all(each["ok"] for each in checks):
-        sys.exit("The kernels are further from float64 than rounding explains: nothing was timed.")
+    if not all(result["ok"] for result in checks):
+        sys.exit("The kernels differ from float64 by more than rounding: nothing was timed.")
     rows: list[timing.Row] = []
     more: dict[str, Any] = {"checks": checks}
     if not args.check_only:

@@ -18,13 +18,14 @@ from benchmarks.workloads import make_documents, words_of
 from modeling_querit import QueritForSequenceRanking
 
 QUERY = "what does it take to rank many documents"
-# Tokens of a document, and seconds between two looks at the memory.
+# Tokens of a document: median, and standard deviation of the logarithm.
 MEDIAN, SIGMA = 60, 0.5
+# Seconds between two samples of the memory.
 INTERVAL = 0.005
 
 
 class Sampler(threading.Thread):
-    """Looks at this process's resident memory all the time, and keeps the peak, in MiB."""
+    """Thread that samples this process's resident memory and records the peak, in MiB."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -32,7 +33,7 @@ class Sampler(threading.Thread):
         self._done = threading.Event()
 
     def run(self) -> None:
-        """Look until the `with` block ends."""
+        """Sample until the `with` block ends."""
         while not self._done.wait(INTERVAL):
             self.peak = max(self.peak, resident())
 
@@ -47,18 +48,18 @@ class Sampler(threading.Thread):
 
 
 def resident() -> float:
-    """MiB of memory that this process holds."""
+    """Resident memory of this process in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def measure_apart(folder: Path, dtype: torch.dtype, counts: Sequence[int], seed: int) -> dict[str, Any]:
-    """`measure` in a fresh process: what one has freed it may still hold, and would hide a peak."""
+    """`measure` in a fresh process, as memory that a process freed but still holds would hide a peak."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(measure, folder, dtype, counts, seed, torch.get_num_threads()).result()
 
 
 def measure(folder: Path, dtype: torch.dtype, counts: Sequence[int], seed: int, threads: int) -> dict[str, Any]:
-    """Peaks of memory beyond the weights after so many documents."""
+    """Peaks of memory beyond the weights after each number of documents in `counts`."""
     torch.set_num_threads(threads)
     model = QueritForSequenceRanking.from_pretrained(folder, dtype=dtype)
     documents = make_documents(
@@ -84,7 +85,7 @@ def measure(folder: Path, dtype: torch.dtype, counts: Sequence[int], seed: int, 
 
 
 def _touch(model: torch.nn.Module) -> None:
-    """Read a value of each page: weights that are mapped from the file count only once they are read."""
+    """Read a value of each page, as weights mapped from a file count as resident only once they are read."""
     with torch.inference_mode():
         for parameter in model.parameters():
             parameter.flatten()[::512].sum()

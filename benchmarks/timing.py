@@ -1,13 +1,11 @@
-"""What every benchmark shares: interleaved timings, rows of figures, the machine they belong to, where time goes."""
+"""Shared parts of the benchmarks: interleaved timings, rows of results, a record of the machine, profiles."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +18,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from modeling_querit import files
+
 Row = dict[str, Any]
 
-# Rows and columns of the products that the machine's best rate is measured by.
+# Size of the square matrix products that the machine's best rate is measured by.
 GEMM_SIZES = {"cpu": 2048, "cuda": 8192}
-# Parts of names of operators and kernels; the first group that has one of them gets the time.
+# Group -> parts of names of operators and kernels; an operator belongs to the first group that matches.
 GROUPS = {
     "attention": ("attention", "flash", "fmha"),
     "matrix products": ("mm", "linear", "matmul", "dot", "gemm", "nvjet", "cutlass", "swiglu", "_outer"),
@@ -45,17 +45,20 @@ def interleaved(
     rounds: int,
     check: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call: once each to warm up, then A B C, A B C, ..., so that a slow minute slows all alike.
+    """Time functions in turn: a warm-up of each, then A B C, A B C, ..., so that a slow minute slows all alike.
 
     Args:
-        functions: What is timed, by name.
-        rounds: Timed calls of each.
-        check: Called with what the warm-up returned, before anything is timed.
+        functions: Name -> function.
+        rounds: Number of timed calls of each.
+        check: Called with the results of the warm-up, before anything is timed.
+
+    Returns:
+        Name -> seconds of each timed call.
     """
-    warm = {name: function() for name, function in functions.items()}
+    results = {name: function() for name, function in functions.items()}
     if check is not None:
-        check(warm)
-    del warm
+        check(results)
+    del results
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -66,12 +69,12 @@ def interleaved(
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The median of each list of seconds."""
-    return {name: statistics.median(each) for name, each in seconds.items()}
+    """Median seconds by name."""
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def synchronized(function: Callable[[], Any], device: torch.device, calls: int = 1) -> Callable[[], Any]:
-    """`function`, called so many times, and done only when the GPU is."""
+    """A function that calls `function` several times and waits for the GPU."""
 
     def run() -> Any:
         for _ in range(calls):
@@ -84,7 +87,7 @@ def synchronized(function: Callable[[], Any], device: torch.device, calls: int =
 
 
 def row(workload: str, ours: str, against: str, seconds: Mapping[str, Sequence[float]], **more: Any) -> Row:
-    """One comparison: `ratio` is seconds of `against` over seconds of `ours`, above 1 where ours is faster."""
+    """A comparison: `ratio` is the seconds of `against` over those of `ours`, above 1 if ours is faster."""
     middle = medians(seconds)
     return {
         "workload": workload,
@@ -102,7 +105,7 @@ def row(workload: str, ours: str, against: str, seconds: Mapping[str, Sequence[f
 def bound_row(
     workload: str, ours: str, seconds: Mapping[str, Sequence[float]], flops: float, rates: dict[str, float], **more: Any
 ) -> Row:
-    """Ours against arithmetic that runs at the machine's best rate for large matrix products, and nothing else."""
+    """A comparison with the bound: the arithmetic alone, at the machine's best rate for large matrix products."""
     middle, best = medians(seconds)[ours], max(rates.values())
     return {
         "workload": workload,
@@ -122,7 +125,7 @@ _best_rates: dict[str, float] = {}
 
 
 def gemm_rates(device: torch.device, rounds: int = 3) -> dict[str, float]:
-    """The best GFLOP/s of a large matrix product, by dtype: of this call and all before, since others may be busy."""
+    """Best GFLOP/s of a large matrix product by dtype, over this and all earlier calls, as the machine may be busy."""
     size = GEMM_SIZES[device.type]
     functions = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -133,13 +136,13 @@ def gemm_rates(device: torch.device, rounds: int = 3) -> dict[str, float]:
 
         functions[str(dtype).removeprefix("torch.")] = synchronized(product, device)
     seconds = interleaved(functions, rounds)
-    for name, each in seconds.items():
-        _best_rates[name] = max(_best_rates.get(name, 0.0), 2 * size**3 / min(each) / 1e9)
+    for name, times in seconds.items():
+        _best_rates[name] = max(_best_rates.get(name, 0.0), 2 * size**3 / min(times) / 1e9)
     return dict(_best_rates)
 
 
 def profile_shares(function: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Where one call spends its time: shares by kind of operation, the largest first."""
+    """Shares of the time of one call by group of operations, largest first."""
     is_cuda = device.type == "cuda"
     function()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]) as profiled:
@@ -150,16 +153,16 @@ def profile_shares(function: Callable[[], Any], device: torch.device) -> dict[st
         if (event.device_type == torch.autograd.DeviceType.CUDA) == is_cuda:
             times[_group(event.key)] += event.self_device_time_total if is_cuda else event.self_cpu_time_total
     total = sum(times.values()) or 1.0
-    return {name: each / total for name, each in sorted(times.items(), key=lambda item: -item[1])}
+    return {group: time_spent / total for group, time_spent in sorted(times.items(), key=lambda item: -item[1])}
 
 
 def _group(name: str) -> str:
-    plain = name.lower()
-    return next((group for group, parts in GROUPS.items() if any(part in plain for part in parts)), "other")
+    lower = name.lower()
+    return next((group for group, parts in GROUPS.items() if any(part in lower for part in parts)), "other")
 
 
 def machine(seed: int, device: torch.device) -> dict[str, Any]:
-    """What the figures belong to."""
+    """Record of processor, libraries and seed."""
     capabilities = torch.cpu.get_capabilities()
     return {
         "cpu": _cpu_name(),
@@ -187,18 +190,18 @@ def _cpu_name() -> str:
 
 
 def print_rows(rows: Sequence[Row], title: str) -> None:
-    """The rows as a table."""
+    """Print rows as a table."""
     table = Table("workload", "ours", "against", "ratio", "s ours", "s against", "remarks", title=title)
-    for each in rows:
-        figure = f"{each['ratio']:.2f}x" if "ratio" in each else f"{100 * each['fraction_of_bound']:.0f}% of bound"
-        against = each.get("seconds_against")
-        cells = [figure, f"{each['seconds_ours']:.4g}", "" if against is None else f"{against:.4g}"]
-        table.add_row(each["workload"], each["ours"], each["against"], *cells, each.get("remarks", ""))
+    for row in rows:
+        ratio = f"{row['ratio']:.2f}x" if "ratio" in row else f"{100 * row['fraction_of_bound']:.0f}% of bound"
+        against = row.get("seconds_against")
+        cells = [ratio, f"{row['seconds_ours']:.4g}", "" if against is None else f"{against:.4g}"]
+        table.add_row(row["workload"], row["ours"], row["against"], *cells, row.get("remarks", ""))
     Console(width=160).print(table)
 
 
 def print_shares(shares: Mapping[str, float], title: str) -> None:
-    """Shares of time as a table."""
+    """Print shares of time as a table."""
     table = Table("operations", "share of time", title=title)
     for name, share in shares.items():
         table.add_row(name, f"{100 * share:.1f}%")
@@ -206,29 +209,24 @@ def print_shares(shares: Mapping[str, float], title: str) -> None:
 
 
 def write_json(path: Path, rows: Sequence[Row], machine: dict[str, Any], **more: Any) -> None:
-    """Write the figures to a file that appears only once it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"rows": rows, "machine": machine, **more}, indent=2, default=str) + "\n"
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as aside:
-        whole = Path(aside) / path.name
-        whole.write_text(text, encoding="utf-8")
-        whole.replace(path)
+    """Write rows and the record of the machine, atomically."""
+    files.write_json({"rows": rows, "machine": machine, **more}, path)
 
 
 def common_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
+    """A parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="data type of the weights")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
-    parser.add_argument("--rounds", type=_positive, help="timed calls of each contender, in turn")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, texts and routing")
-    parser.add_argument("--profile", action="store_true", help="print where the time goes as well")
+    parser.add_argument("--rounds", type=_positive, help="number of timed calls of each contender")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, texts and routing")
+    parser.add_argument("--profile", action="store_true", help="print shares of time by operation too")
     return parser
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+        raise argparse.ArgumentTypeError(f"{value} is not above 0: give a positive number")
     return value

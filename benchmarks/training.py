@@ -1,8 +1,8 @@
 """Training steps, ours against sentence-transformers' CrossEncoderTrainer: python -m benchmarks.training
 
-The same folder, rows, loss (RankNet), optimizer and batch; each contender in processes of its own, in turn, since peak
-memory belongs to a process. Texts are random words of BEIR-like lengths: how long a step takes does not depend on what
-is learned.
+All train the same folder on the same rows, with the same loss (RankNet), optimizer and batch. Contenders take turns,
+each in its own process, as peak memory belongs to a process. Texts are random words of BEIR-like lengths, as the time
+of a step does not depend on what is learned.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from modeling_querit import QueritForSequenceRanking, QueritProcessor
 OURS = "QueritTrainer"
 PEERS = {
     "sentence_transformers": "CrossEncoderTrainer, the whole batch at once",
-    "repeated_prefixes": "ours, but what the pairs of a query begin with is computed for each",
-    "padded": "ours, but batches are padded",
+    "repeated_prefixes": "ours without prefix sharing",
+    "padded": "ours without packing",
 }
 Row = dict[str, Any]
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step."""
+    """Records seconds and loss of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.losses: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start."""
+        """Start the clock."""
         self._start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop."""
+        """Stop the clock."""
         self.seconds.append(time.perf_counter() - self._start)
 
     def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Keep the loss: both have to compute the same."""
+        """Record the loss, which must be the same for all contenders."""
         if logs and "loss" in logs:
             self.losses.append(logs["loss"])
 
 
 def make_rows(processor: QueritProcessor, args: argparse.Namespace) -> list[Row]:
-    """Queries with documents of the workload's lengths, and graded labels."""
+    """Draw queries, documents of the workload's lengths, and graded labels."""
     rng, words, workload = random.Random(args.seed), words_of(processor.tokenizer), WORKLOADS[args.workload]
     rows = []
     for _ in range(args.queries * args.steps):
@@ -69,9 +69,9 @@ def make_rows(processor: QueritProcessor, args: argparse.Namespace) -> list[Row]
 
 
 def train_ours(folder: Path, rows: list[Row], args: argparse.Namespace, clock: Clock, output: str) -> Any:
-    """A trainer of ours."""
+    """Make our trainer."""
     from modeling_querit.training.arguments import QueritTrainingArguments
-    from modeling_querit.training.dataset import RankingDataset
+    from modeling_querit.training.data import RankingDataset
     from modeling_querit.training.trainer import QueritTrainer
 
     model = QueritForSequenceRanking.from_pretrained(folder, dtype=torch.float32)
@@ -80,14 +80,14 @@ def train_ours(folder: Path, rows: list[Row], args: argparse.Namespace, clock: C
 
 
 def train_repeated_prefixes(*args: Any) -> Any:
-    """Ours without sharing prefixes."""
+    """Make our trainer without prefix sharing."""
     trainer = train_ours(*args)
     trainer.data_collator.share_prefix = False
     return trainer
 
 
 def train_padded(*args: Any) -> Any:
-    """Ours without packs."""
+    """Make our trainer without packing."""
     trainer = train_ours(*args)
     trainer.data_collator.packing = False
     return trainer
@@ -96,7 +96,7 @@ def train_padded(*args: Any) -> Any:
 def train_sentence_transformers(
     folder: Path, rows: list[Row], args: argparse.Namespace, clock: Clock, output: str
 ) -> Any:
-    """Their trainer on the same folder."""
+    """Make the trainer of sentence-transformers on the same folder."""
     from datasets import Dataset
     from sentence_transformers import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.base.sampler import DefaultBatchSampler
@@ -108,12 +108,12 @@ def train_sentence_transformers(
 
     kwargs = {"dtype": torch.float32}
     encoder = CrossEncoder(str(folder), trust_remote_code=True, device=args.device.type, model_kwargs=kwargs)
-    # Their logit is half the difference; the score is its tanh.
+    # Their logit is (z1 - z0) / 2, half the difference that our loss is computed on.
     loss = RankNetLoss(encoder, sigma=2.0, reduction_log="natural", mini_batch_size=0)
     table = Dataset.from_list(
         [{"query": row["query"], "docs": row["documents"], "labels": row["labels"]} for row in rows]
     )
-    # Theirs shuffles whatever `train_sampling_strategy` says.
+    # Their trainer ignores `train_sampling_strategy` and shuffles.
     arguments = CrossEncoderTrainingArguments(batch_sampler=in_order, **_common(args, output))
     return CrossEncoderTrainer(encoder, arguments, train_dataset=table, loss=loss, callbacks=[clock])
 
@@ -145,7 +145,7 @@ def _common(args: argparse.Namespace, output: str) -> dict[str, Any]:
 
 
 def run(name: str, folder: Path, rows: list[Row], args: argparse.Namespace, threads: int) -> dict[str, Any]:
-    """One run of a contender: seconds of its steps but the first, its losses, its peak memory in MiB."""
+    """Run a contender: seconds of its steps without the first, losses, and peak memory in MiB."""
     torch.set_num_threads(threads)
     is_cuda = args.device.type == "cuda"
     clock = Clock()
@@ -159,23 +159,23 @@ def run(name: str, folder: Path, rows: list[Row], args: argparse.Namespace, thre
 
 
 def compare(folder: Path, rows: list[Row], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Each contender in turn, in a fresh process each time."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in [OURS, *args.peers]}
+    """Run the contenders in turn, in a fresh process each time; returns the runs of each."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in [OURS, *args.peers]}
     for _ in range(args.rounds):
-        for name, runs in found.items():
+        for name, its_runs in runs.items():
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                runs.append(pool.submit(run, name, folder, rows, args, torch.get_num_threads()).result())
-            middle = sorted(runs[-1]["seconds"])[len(runs[-1]["seconds"]) // 2]
-            print(f"  {name}: {middle:.3g} s a step, peak {runs[-1]['mib_peak']:.0f} MiB")
-    return found
+                its_runs.append(pool.submit(run, name, folder, rows, args, torch.get_num_threads()).result())
+            median = sorted(its_runs[-1]["seconds"])[len(its_runs[-1]["seconds"]) // 2]
+            print(f"  {name}: {median:.3g} s a step, peak {its_runs[-1]['mib_peak']:.0f} MiB")
+    return runs
 
 
-def make_row(shape: str, against: str, found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> timing.Row:
-    """Ours against one peer: `ratio` of speed, `memory_ratio` of peaks (below 1 where ours takes less)."""
-    seconds = {name: [each for one in found[name] for each in one["seconds"]] for name in (OURS, against)}
-    peaks = {name: max(one["mib_peak"] for one in found[name]) for name in (OURS, against)}
-    difference = max(abs(a - b) for a, b in zip(found[OURS][0]["losses"], found[against][0]["losses"], strict=True))
-    remarks = f"peaks {peaks[OURS]:.0f} and {peaks[against]:.0f} MiB; losses at most {difference:.2g} apart"
+def make_row(shape: str, against: str, runs: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> timing.Row:
+    """A comparison with a peer: `ratio` of speeds, `memory_ratio` of peaks (below 1 if ours takes less)."""
+    seconds = {name: [time_taken for run in runs[name] for time_taken in run["seconds"]] for name in (OURS, against)}
+    peaks = {name: max(run["mib_peak"] for run in runs[name]) for name in (OURS, against)}
+    difference = max(abs(a - b) for a, b in zip(runs[OURS][0]["losses"], runs[against][0]["losses"], strict=True))
+    remarks = f"peaks {peaks[OURS]:.0f} and {peaks[against]:.0f} MiB; losses differ by at most {difference:.2g}"
     return timing.row(
         f"{shape}, {args.workload}, {args.queries} x {args.documents}",
         OURS,
@@ -192,15 +192,15 @@ def make_row(shape: str, against: str, found: dict[str, list[dict[str, Any]]], a
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments of the command line."""
+    """Parse the command line."""
     parser = timing.common_parser(__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=list(SHAPES), default="qwen3_0_6b", help="model, with random weights")
-    parser.add_argument("--layers", type=int, default=8, help="of the model; a whole one takes long on a CPU")
+    parser.add_argument("--shape", choices=list(SHAPES), default="qwen3_0_6b", help="shape of the model")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the model")
     parser.add_argument("--workload", choices=list(WORKLOADS), default="beir", help="lengths of the documents")
-    parser.add_argument("--queries", type=int, default=4, help="of a batch")
-    parser.add_argument("--documents", type=int, default=8, help="of a query")
-    parser.add_argument("--steps", type=int, default=4, help="of a run; the first is not counted")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="layers computed again, memory saved")
+    parser.add_argument("--queries", type=int, default=4, help="queries of a batch")
+    parser.add_argument("--documents", type=int, default=8, help="documents of a query")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a run; the first is not timed")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="use gradient checkpointing")
     parser.add_argument(
         "--peers",
         nargs="*",
@@ -212,21 +212,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or 2
     if args.steps < 2:
-        parser.error("--steps is below 2: the first step of a run is not counted")
+        parser.error("--steps is below 2, and the first step of a run is not timed")
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table, and write the figures."""
+    """Measure, print a table, and write the results."""
     args = parse(arguments)
     with tempfile.TemporaryDirectory(prefix="querit-benchmark-") as temporary:
         folder = build_folder(args.shape, args.layers, torch.float32, Path(temporary), args.seed)
         rows = make_rows(QueritProcessor.from_pretrained(folder), args)
-        found = compare(folder, rows, args)
-    table = [make_row(args.shape, name, found, args) for name in args.peers]
+        runs = compare(folder, rows, args)
+    table = [make_row(args.shape, name, runs, args) for name in args.peers]
     timing.print_rows(table, f"{args.shape}, {args.layers} layers, {args.dtype}, medians of steps")
     if args.json:
-        timing.write_json(args.json, table, timing.machine(args.seed, args.device), settings=vars(args), runs=found)
+        timing.write_json(args.json, table, timing.machine(args.seed, args.device), settings=vars(args), runs=runs)
 
 
 if __name__ == "__main__":

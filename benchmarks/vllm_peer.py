@@ -1,7 +1,7 @@
-"""Run by another environment's Python, one that has vLLM: python vllm_peer.py GIVEN.json
+"""Scores and timings of vLLM, run by the Python of an environment that has it: python vllm_peer.py REQUEST.json
 
-GIVEN names a Querit folder, a query, documents, a dtype and how many rounds; seconds and scores go to the file it names
-as `result`. vLLM's own sequence classification adapter serves the folder, the head folded into one logit.
+The request has a Querit folder, a query, documents, a dtype, a number of rounds, and the path of the result. vLLM's own
+sequence classification adapter serves the folder, with the head folded into one logit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 def register(model_type: str) -> None:
-    """Teach vLLM the Querit classes."""
+    """Register the Querit classes with vLLM."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.adapters import as_seq_cls_model
 
@@ -47,31 +47,31 @@ def register(model_type: str) -> None:
         ModelRegistry.register_model(name, QueritForSequenceRanking)
 
 
-def main(given: dict[str, Any]) -> dict[str, Any]:
-    """Score once to warm up, then as often as asked for."""
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Score once to warm up, then once for each round."""
     import vllm
 
-    folder = Path(given["folder"])
+    folder = Path(request["folder"])
     register(json.loads((folder / "config.json").read_text())["text_config"]["model_type"])
     llm = vllm.LLM(
-        model=str(folder), runner="pooling", max_model_len=4096, dtype=given["dtype"], trust_remote_code=True
+        model=str(folder), runner="pooling", max_model_len=4096, dtype=request["dtype"], trust_remote_code=True
     )
     template = (folder / "chat_template.jinja").read_text()
     seconds: list[float] = []
-    for _ in range(given["rounds"] + 1):
-        # Otherwise it would find the pairs of the round before.
+    for _ in range(request["rounds"] + 1):
+        # Otherwise the pairs of the previous round are cached.
         llm.reset_prefix_cache()
         start = time.perf_counter()
-        outputs = llm.score(given["query"], given["documents"], chat_template=template, use_tqdm=False)
+        outputs = llm.score(request["query"], request["documents"], chat_template=template, use_tqdm=False)
         seconds.append(time.perf_counter() - start)
     return {
         "version": vllm.__version__,
         "seconds": seconds[1:],
-        "pairs_per_second": len(given["documents"]) / min(seconds[1:]),
+        "pairs_per_second": len(request["documents"]) / min(seconds[1:]),
         "scores": [output.outputs.score for output in outputs],
     }
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
-    Path(given["result"]).write_text(json.dumps(main(given)))
+    request = json.loads(Path(sys.argv[1]).read_text())
+    Path(request["result"]).write_text(json.dumps(main(request)))

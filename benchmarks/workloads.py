@@ -1,4 +1,4 @@
-"""What is ranked: seeded texts of known lengths, their real token counts, the arithmetic that they need at least."""
+"""Workloads: seeded texts of known lengths, their token counts, and a lower bound of the arithmetic they need."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from modeling_querit import QueritProcessor
 from modeling_querit.packing_querit import common_prefix
 
-# A word with the space before it, as byte-level tokenizers write it: one token.
+# A token that is a word with the space before it, as byte-level tokenizers write it.
 _WORD = re.compile(r"Ġ[a-z]{3,}")
-# Parts of an attention layer whose output later tokens read.
+# Projections of an attention layer to keys and values, which later tokens attend to.
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 
 
@@ -26,8 +26,9 @@ class Workload(NamedTuple):
     """One query, and documents whose lengths follow a lognormal distribution.
 
     Args:
-        documents: How many.
-        median, sigma: Of a document's tokens.
+        documents: Number of documents.
+        median: Median tokens of a document.
+        sigma: Standard deviation of the logarithm of a document's tokens.
         query: Tokens of instruction and query together.
     """
 
@@ -41,19 +42,20 @@ WORKLOADS = {
     "beir": Workload(documents=100, median=200, sigma=0.5),
     "miracl": Workload(documents=100, median=120, sigma=0.4),
     "long": Workload(documents=10, median=2000, sigma=0.1),
-    # For trying the benchmark out.
+    # For tests of the benchmarks.
     "tiny": Workload(documents=4, median=12, sigma=0.3, query=20),
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """A workload made out: its texts, and their tokens as the processor makes them.
+    """Texts of a workload with their token ids.
 
     Args:
-        name: Of the workload.
-        query, documents: The texts.
-        input_ids: Of each pair.
+        name: Name of the workload.
+        query: Query text.
+        documents: Document texts.
+        input_ids: Token ids of each pair.
     """
 
     name: str
@@ -63,16 +65,16 @@ class Task:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """(query, document) for each document."""
+        """The query with each document."""
         return [(self.query, document) for document in self.documents]
 
     @property
     def prefix(self) -> int:
-        """Tokens that all pairs begin with."""
+        """Length of the shared prefix of all pairs, in tokens."""
         return len(common_prefix(self.input_ids))
 
     def statistics(self) -> dict[str, Any]:
-        """Counts of real tokens."""
+        """Token counts, without padding."""
         lengths = [len(ids) for ids in self.input_ids]
         tokens = sum(lengths)
         return {
@@ -86,7 +88,7 @@ class Task:
 
 
 def make_task(name: str, processor: QueritProcessor, documents: int | None, seed: int) -> Task:
-    """A workload's texts; `documents` overrides how many."""
+    """Draw the texts of a workload; `documents` overrides their number."""
     workload = WORKLOADS[name]
     rng, words = random.Random(f"{seed} {name}"), words_of(processor.tokenizer)
     fixed = len(processor.encode(["a"], ["a"])[0].input_ids)
@@ -97,39 +99,39 @@ def make_task(name: str, processor: QueritProcessor, documents: int | None, seed
 
 
 def words_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """English-looking words that are one token each."""
+    """Lower-case words that are one token each."""
     return [token[1:] for token in sorted(tokenizer.get_vocab()) if _WORD.fullmatch(token)]
 
 
 def make_documents(words: Sequence[str], rng: random.Random, count: int, median: int, sigma: float) -> Iterator[str]:
-    """Texts of random words, lognormal in length."""
+    """Draw texts of random words, whose lengths follow a lognormal distribution."""
     for _ in range(count):
         yield " ".join(rng.choices(words, k=max(1, round(rng.lognormvariate(math.log(median), sigma)))))
 
 
 def needed_flops(layers: nn.ModuleList, config: PreTrainedConfig, task: Task) -> float:
-    """Arithmetic that the scores of a task need at least.
+    """Lower bound of the floating-point operations that the scores of a task need.
 
-    The linear layers and active experts for each distinct token, what all pairs begin with counted once; in the last
-    layer keys and values for all tokens, the rest for those that are read; attention for pairs of tokens that see each
-    other. Norms, activations and the like count as nothing.
+    Counted are the linear layers and active experts for each distinct token, with the shared prefix once; in the last
+    layer keys and values for all tokens and the rest for last tokens alone; attention between tokens that attend to
+    each other. Norms, activations and the like are not counted.
     """
-    read, lengths, prefix = len(task.input_ids), [len(ids) for ids in task.input_ids], task.prefix
+    scored, lengths, prefix = len(task.input_ids), [len(ids) for ids in task.input_ids], task.prefix
     tokens = task.statistics()["tokens_distinct"]
     products = 0.0
-    for place, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         everything, keys_and_values = _products(layer, config)
-        if place < len(layers) - 1:
+        if index < len(layers) - 1:
             products += everything * tokens
         else:
-            products += keys_and_values * tokens + (everything - keys_and_values) * read
-    seen_inside = _triangle(prefix) + sum(_triangle(length) - _triangle(prefix) for length in lengths)
-    attention = _attention_of_a_pair(config) * ((len(layers) - 1) * seen_inside + sum(lengths))
+            products += keys_and_values * tokens + (everything - keys_and_values) * scored
+    attended = _triangle(prefix) + sum(_triangle(length) - _triangle(prefix) for length in lengths)
+    attention = _attention_of_a_pair(config) * ((len(layers) - 1) * attended + sum(lengths))
     return 2.0 * (products + attention)
 
 
 def _products(layer: nn.Module, config: PreTrainedConfig) -> tuple[float, float]:
-    """Multiplications that a token takes in a layer: all, and those for keys and values."""
+    """Multiplications for a token in a layer: of all linear layers, and of keys and values alone."""
     everything = keys_and_values = 0.0
     for name, parameter in layer.named_parameters():
         if parameter.dim() < 2:
@@ -142,7 +144,7 @@ def _products(layer: nn.Module, config: PreTrainedConfig) -> tuple[float, float]
 
 
 def _attention_of_a_pair(config: PreTrainedConfig) -> int:
-    """Multiplications for a query and a key that it sees, in one layer."""
+    """Multiplications for a token and a token it attends to, in one layer."""
     if hasattr(config, "kv_lora_rank"):
         size = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     else:

@@ -1,15 +1,32 @@
 """Querit rerankers: compact multilingual cross-encoders, for every runtime their users live in (arXiv 2606.19037)."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from __future__ import annotations
 
-from .checkpoints.backbone import from_backbone
-from .checkpoints.mini import default_model_path
-from .configuration_querit import QueritConfig
-from .modeling_querit import QueritForSequenceClassification, QueritForSequenceRanking, QueritOutput
-from .processing_querit import EncodedPair, QueritProcessor
-from .ranking_querit import RankedDocument
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+from .registration import register_when_imported
+
+if TYPE_CHECKING:
+    from .checkpoints.backbone import from_backbone
+    from .checkpoints.mini import default_model_path
+    from .configuration_querit import QueritConfig
+    from .modeling_querit import QueritForSequenceClassification, QueritForSequenceRanking, QueritOutput
+    from .processing_querit import EncodedPair, QueritProcessor
+    from .ranking_querit import RankedDocument
+
+# Public names and their modules, which are imported when a name is used: torch and transformers take seconds.
+_MODULES = {
+    "EncodedPair": "processing_querit",
+    "QueritConfig": "configuration_querit",
+    "QueritForSequenceClassification": "modeling_querit",
+    "QueritForSequenceRanking": "modeling_querit",
+    "QueritOutput": "modeling_querit",
+    "QueritProcessor": "processing_querit",
+    "RankedDocument": "ranking_querit",
+    "default_model_path": "checkpoints.mini",
+    "from_backbone": "checkpoints.backbone",
+}
 
 __all__ = [
     "EncodedPair",
@@ -23,7 +40,22 @@ __all__ = [
     "from_backbone",
 ]
 
-# Once this package is imported, the auto classes know its folders without remote code.
-AutoConfig.register(QueritConfig.model_type, QueritConfig, exist_ok=True)
-AutoModel.register(QueritConfig, QueritForSequenceRanking, exist_ok=True)
-AutoModelForSequenceClassification.register(QueritConfig, QueritForSequenceClassification, exist_ok=True)
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("modeling-querit")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, "__version__"})
+
+
+# Once this package is imported, transformers' auto classes load its folders without remote code.
+register_when_imported()

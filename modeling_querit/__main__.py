@@ -1,5 +1,5 @@
-"""`python -m modeling_querit`: the command line, where its script is not on the path."""
+"""`python -m modeling_querit`: the command line, where the script `querit` is not on the path."""
 
-from .cli import run
+from .cli import main
 
-run()
+main()

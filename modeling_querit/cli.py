@@ -1,24 +1,23 @@
-"""The command line: `querit rerank | train | adapt | merge | convert | export`."""
+"""The command line: `querit rerank | train | adapt | merge | convert | release`."""
 
 from __future__ import annotations
 
-import atexit
-import io
-import json
-import os
 import sys
-import threading
-import warnings
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from . import console
+
+if TYPE_CHECKING:
+    from .modeling_querit import QueritForSequenceRanking
 
 app = typer.Typer(
     name="querit",
     help="Rerank documents, and train rerankers: Querit (arXiv 2606.19037).",
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -26,7 +25,7 @@ app = typer.Typer(
 
 
 class Format(StrEnum):
-    """How documents are written in a file."""
+    """Format of a file of documents."""
 
     auto = "auto"
     text = "text"
@@ -34,115 +33,133 @@ class Format(StrEnum):
 
 
 class Layout(StrEnum):
-    """How a checkpoint is laid out."""
+    """Layout of a checkpoint."""
 
     querit = "querit"
     published = "published"
-
-
-class ExportFormat(StrEnum):
-    """What a checkpoint is exported as."""
-
     seq_cls = "seq-cls"
 
 
-@app.command()
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from . import __version__
+
+        typer.echo(f"querit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def querit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Rerank documents, and train rerankers: Querit (arXiv 2606.19037)."""
+
+
+@app.command(epilog="Example: querit rerank --query 'who wrote Faust' passages.txt --top-k 5")
 def rerank(
+    query: Annotated[str, typer.Option("--query", "-q", help="The query.", show_default=False)],
     documents: Annotated[
-        str, typer.Argument(metavar="[FILE]", help="One document a line; '-' is standard input.", show_default=False)
+        str,
+        typer.Argument(metavar="[FILE]", help="Documents, one a line; - is standard input.", show_default=False),
     ] = "-",
-    query: Annotated[str, typer.Option("--query", "-q", help="What is searched for.", show_default=False)] = ...,
-    model: Annotated[str, typer.Option(help="'mini' (the default model), or a folder or repository.")] = "mini",
-    top_k: Annotated[int | None, typer.Option(help="How many documents to show; all by default.")] = None,
-    instruction: Annotated[str | None, typer.Option(help="The task in one sentence, if not the usual one.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens a query and document may have together.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Compute in int8 (torchao): a little less exact.")] = False,
+    model: Annotated[str, typer.Option(help="mini (the default model), or a folder or repository.")] = "mini",
+    top_k: Annotated[int | None, typer.Option(help="Number of documents to print; all by default.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="The task in one sentence, in place of the default.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Most tokens of a query and document together.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Compute in int8 (by torchao), slightly less exact.")] = False,
     format: Annotated[
         Format, typer.Option(help="text: a line is a document; jsonl: a line is a string or has a 'text'.")
     ] = Format.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Put documents in the order in which they answer a query, best first."""
+    """Order documents by their relevance to a query, best first."""
     if top_k is not None and top_k < 1:
         raise ValueError(f"--top-k is {top_k}: ask for at least one document.")
-    docs = read_documents(documents, format)
+    if not int8:
+        console.skip_torchao(model)
+    console.quiet_libraries()
+    from .retrieval.collection import read_documents
+
+    texts = read_documents(documents, None if format == Format.auto else format == Format.jsonl)
     reranker = _load(model, device, int8)
-    ranked = reranker.rank(query, docs, instruction=instruction, top_k=top_k, max_length=max_length)
+    ranking = reranker.rank(query, texts, instruction=instruction, top_k=top_k, max_length=max_length)
     if as_json:
-        results = [each._asdict() for each in ranked]
-        typer.echo(json.dumps({"model": model, "results": results}, ensure_ascii=False, indent=2))
+        typer.echo(console.ranking_json(model, ranking))
     else:
-        _print_table(query, ranked)
+        console.print_ranking(query, ranking)
 
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    help="Train a reranker: querit train CONFIG.yaml [--setting value ...], or settings alone; --help lists them.",
+    help="Train a reranker: querit train CONFIG.yaml [--setting VALUE ...]",
 )
 def train(context: typer.Context) -> None:
-    """Hand the settings to `modeling_querit.training.run`."""
-    from .training.run import main as run_training
+    """Pass the arguments on to `modeling_querit.training.train`."""
+    from .training.train import main as run_training
 
     run_training(context.args)
 
 
-@app.command()
+@app.command(epilog="Example: querit adapt examples/adapt_mini.yaml")
 def adapt(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings, a section for each stage.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings, one section for each stage.")],
     stage: Annotated[
         list[str] | None,
-        typer.Option(help="corpus, queries, candidates, teachers, train or report; may be repeated. All by default."),
+        typer.Option(help="corpus, queries, candidates, teachers, train or report; repeatable. All by default."),
     ] = None,
 ) -> None:
-    """Adapt a reranker to documents without labels: queries are written, teachers score, the model learns from them.
+    """Adapt a reranker to unlabelled documents: write queries, score candidates by teachers, train on the scores.
 
-    What has been done is not done again: the same command goes on after whatever ended a run.
+    Completed stages are not repeated: run the same command again to resume an interrupted run.
     """
-    from .adaptation.pipeline import STAGES, Adaptation
+    from .adaptation.pipeline import STAGE_NAMES, Adaptation
     from .adaptation.settings import AdaptSettings
 
-    _quiet()
-    adaptation = Adaptation(AdaptSettings.load(config), echo=lambda line: typer.echo(line, err=True))
-    adaptation.run(stage or STAGES)
-    adaptation.processes.end()
+    console.quiet_libraries()
+    adaptation = Adaptation(AdaptSettings.load(config), echo=_echo_progress)
+    adaptation.run(stage or STAGE_NAMES)
+    adaptation.disconnect()
 
 
-@app.command()
+@app.command(epilog="Example: querit merge mini runs/law/model --t 0.3 --output merged")
 def merge(
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder.", show_default=False)],
     models: Annotated[
-        list[str] | None, typer.Argument(help="Two or more: 'mini', folders, repositories, LoRA adapters.")
+        list[str] | None, typer.Argument(help="Two or more models: mini, folders, repositories, LoRA adapters.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.", show_default=False)] = ...,
-    method: Annotated[str | None, typer.Option(help="slerp (the default), linear or task_arithmetic.")] = None,
+    method: Annotated[str | None, typer.Option(help="slerp (default), linear or task_arithmetic.")] = None,
     t: Annotated[
         list[str] | None,
-        typer.Option(help="Of two models, from 0 to 1: 0.5, 0:1 (first layer to last), mlp=0.3; may be repeated."),
+        typer.Option(help="Place between two models, 0 to 1: 0.5, 0:1 (first to last layer), mlp=0.3; repeatable."),
     ] = None,
     weights: Annotated[
-        list[str] | None, typer.Option(help="Of any number: 1,2,1 or attention=1,0:1,1; may be repeated.")
+        list[str] | None, typer.Option(help="Weight of each model: 1,2,1 or attention=1,0:1,1; repeatable.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="For task_arithmetic: what the models were trained from.")] = None,
-    scale: Annotated[float | None, typer.Option(help="For task_arithmetic: of the task vectors; 1 by default.")] = None,
+    base: Annotated[str | None, typer.Option(help="task_arithmetic: model that the models were trained from.")] = None,
+    scale: Annotated[float | None, typer.Option(help="task_arithmetic: scale of the task vectors; default 1.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (that of the models), float32, bfloat16 or float16.")] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="A merge.json, to merge as it says; name the models if they are elsewhere.")
+        Path | None, typer.Option(help="merge.json of a merge to repeat; name the models if they have moved.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of one weight file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
     search: Annotated[
         list[str] | None,
-        typer.Option(help="Find t by nDCG@10 on a judged collection, FOLDER:SPLIT; may be repeated."),
+        typer.Option(help="Find the best t by nDCG@10 on a collection with qrels, FOLDER:SPLIT; repeatable."),
     ] = None,
-    evaluations: Annotated[int, typer.Option(help="Of a search: how many merges to try.")] = 9,
-    queries: Annotated[int, typer.Option(help="Of a search: how many of each collection.")] = 50,
-    depth: Annotated[int, typer.Option(help="Of a search: candidates of a query.")] = 20,
-    max_length: Annotated[int | None, typer.Option(help="Of a search: tokens a pair may have.")] = None,
+    evaluations: Annotated[int, typer.Option(help="--search: number of merges to try.")] = 9,
+    queries: Annotated[int, typer.Option(help="--search: number of queries of each collection.")] = 50,
+    depth: Annotated[int, typer.Option(help="--search: number of candidates of a query.")] = 20,
+    max_length: Annotated[int | None, typer.Option(help="--search: most tokens of a query and document.")] = None,
 ) -> None:
     """Merge rerankers into one, by SLERP; groups: attention, mlp, experts, router, embeddings, score."""
-    from .checkpoints.merge import Recipe, merge_checkpoints
+    from .merging.merge import merge_checkpoints
+    from .merging.recipe import Recipe
 
-    _quiet()
-    given = {
+    console.quiet_libraries()
+    options: dict[str, Any] = {
         "models": models,
         "method": method,
         "t": t,
@@ -151,169 +168,94 @@ def merge(
         "scale": scale,
         "dtype": dtype,
     }
-    given = {name: value for name, value in given.items() if value not in (None, [])}
-    plan = Recipe.load(recipe, **given) if recipe else Recipe(**{"models": ()} | given)
+    options = {name: value for name, value in options.items() if value not in (None, [])}
+    plan = Recipe.load(recipe, **options) if recipe else Recipe(**{"models": ()} | options)
     if search:
-        from .checkpoints.search import Judged, search_merge
+        from .merging.search import load_validation_sets, measure_ndcg, search_merge
 
-        collections = [Judged.load(source, queries, depth) for source in search]
-        options = {"evaluations": evaluations, "max_length": max_length, "max_shard_size": max_shard_size}
-        search_merge(plan, collections, output, **options, echo=lambda line: typer.echo(line, err=True))
+        validation_sets = load_validation_sets(search, queries, depth)
+        measure = partial(measure_ndcg, validation_sets=validation_sets, max_length=max_length)
+        search_merge(plan, measure, output, evaluations=evaluations, max_shard_size=max_shard_size, echo=_echo_progress)
     else:
         merge_checkpoints(plan, output, max_shard_size=max_shard_size)
     typer.echo(f"Wrote {output}")
 
 
-@app.command()
+@app.command(epilog="Example: querit convert runs/law/model law-seq-cls --to seq-cls")
 def convert(
-    source: Annotated[str, typer.Argument(help="A published checkpoint, or any reranker: folder or repository.")],
-    destination: Annotated[Path, typer.Argument(help="A new folder.")],
+    source: Annotated[str, typer.Argument(help="mini, or any reranker: folder, repository or LoRA adapter.")],
+    destination: Annotated[Path, typer.Argument(help="New folder.")],
+    to: Annotated[
+        Layout,
+        typer.Option(
+            help="querit: for transformers, sentence-transformers and mteb; published: as the first release; seq-cls: "
+            "sequence classifier with one label, for servers that run none of our code."
+        ),
+    ] = Layout.querit,
     dtype: Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, bfloat16 or float16.")] = "auto",
-    to: Annotated[Layout, typer.Option(help="querit: loads everywhere; published: as the first release.")] = "querit",
 ) -> None:
-    """Write a published checkpoint as one folder that transformers, sentence-transformers and mteb load, or back."""
-    from .checkpoints.convert import convert_checkpoint, publish_checkpoint
+    """Write a reranker in another layout."""
+    from .checkpoints.convert import LAYOUTS
 
-    _quiet()
-    (convert_checkpoint if to == Layout.querit else publish_checkpoint)(source, destination, dtype)
+    console.quiet_libraries()
+    LAYOUTS[to](source, destination, dtype)
     typer.echo(f"Wrote {destination}")
 
 
-@app.command()
-def export(
-    source: Annotated[str, typer.Argument(help="'mini', or any reranker: folder, repository or LoRA adapter.")],
-    destination: Annotated[Path, typer.Argument(help="A new folder.")],
-    format: Annotated[ExportFormat, typer.Option(help="seq-cls: a classifier with one label.")] = "seq-cls",
-    dtype: Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, bfloat16 or float16.")] = "auto",
+@app.command(epilog="Example: querit release merged --repo-id me/merged --card adapted --dry-run")
+def release(
+    folder: Annotated[Path, typer.Argument(help="Folder that querit train, adapt, merge or convert wrote.")],
+    repo_id: Annotated[str, typer.Option(help="Repository on the Hub, OWNER/NAME.", show_default=False)],
+    card: Annotated[
+        str | None,
+        typer.Option(help="Model card instead of the folder's: a file, or a template (a0_4b, 4b, mini, adapted)."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch to write to.")] = "main",
+    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of writing to the branch.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Tag for the new commit, such as v1.0.")] = None,
+    message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload reranker",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, without uploading.")] = False,
 ) -> None:
-    """Write a reranker for servers that run none of its code, as a sequence classifier of transformers."""
-    from .checkpoints.export import EXPORTS
+    """Check a folder, and publish it on the Hub in one commit.
 
-    _quiet()
-    EXPORTS[format](source, destination, dtype)
-    typer.echo(f"Wrote {destination}")
-
-
-def read_documents(source: str, format: Format = Format.auto) -> list[str | dict[str, Any]]:
-    """Documents of a file or of standard input (`-`), one a line; blank lines are none.
-
-    Lines are JSON where the name ends in `.jsonl`, or else where the first one starts with `{`.
-
-    Raises:
-        ValueError: if there are none, a line is broken, or the text is not UTF-8; it names file and line.
-        OSError: if the file cannot be read.
+    AutoModel and CrossEncoder load it in a fresh process without this package, and must give its reference scores. What
+    was uploaded is downloaded again and compared.
     """
-    name = "standard input" if source == "-" else source
-    if source == "-" and sys.stdin is None:
-        raise ValueError("There is no standard input: name a file.")
-    try:
-        raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name} is not UTF-8 (byte {error.start}): convert it first, with iconv for example."
-        ) from None
-    # split, not splitlines: a line ends at a line feed, not at every separator that Unicode has.
-    lines = [(number, line.strip("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{name} is empty: give one document a line.")
-    if format == Format.auto:
-        is_json = source.endswith((".jsonl", ".ndjson")) or lines[0][1].lstrip().startswith("{")
-        format = Format.jsonl if is_json else Format.text
-    if format == Format.text:
-        return [line for _, line in lines]
-    return [_parse_document(line, f"{name}, line {number}") for number, line in lines]
+    from .release.hub import Destination
+    from .release.release import release_folder
+
+    destination = Destination(repo_id, private, revision, pr, tag)
+    problems = release_folder(folder, destination, card=card, message=message, dry_run=dry_run, echo=typer.echo)
+    for problem in problems:
+        typer.echo(f"querit: {problem}", err=True)
+    if problems:
+        raise typer.Exit(1)
 
 
-def _parse_document(line: str, where: str) -> str | dict[str, Any]:
-    try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {error}") from None
-    if not isinstance(document.get("text") if isinstance(document, dict) else document, str):
-        raise ValueError(f"{where}: a document is a string or an object with a 'text'.")
-    if isinstance(document, dict) and not isinstance(document.get("title"), str | None):
-        raise ValueError(f"{where}: the title is not a string.")
-    return document
+def _echo_progress(line: str) -> None:
+    typer.echo(line, err=True)
 
 
-def _load(name: str, device: str | None, int8: bool = False):
+def _load(name: str, device: str | None, int8: bool) -> QueritForSequenceRanking:
     import torch
 
     from .checkpoints.loading import load_model
 
-    _quiet()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {error}") from None
-    return load_model(name, int8=int8).to(device)
-
-
-def _quiet() -> None:
-    """Results belong on the screen, not the library's progress in loading."""
-    from transformers.utils import logging
-
-    warnings.simplefilter("ignore", FutureWarning)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _print_table(query: str, ranked: list) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(query), title_justify="left", box=None, pad_edge=False, expand=True)
-    for name, width, style in (("rank", 4, "dim"), ("score", 6, "bold"), ("index", 5, "dim")):
-        table.add_column(name, justify="right", width=width, style=style)
-    table.add_column("document", ratio=1, overflow="ellipsis", no_wrap=True)
-    for rank, (index, score, document) in enumerate(ranked, start=1):
-        if isinstance(document, dict):
-            document = f"{document.get('title') or ''} {document['text']}".strip()
-        # Text, not markup: brackets in a document are its own.
-        table.add_row(str(rank), f"{score:+.3f}", str(index), Text(" ".join(document.split())))
-    Console().print(table)
+    return load_model(name, int8=int8, device=device)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: exit code 0, or 2 with one line on standard error where the input is at fault."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # What a terminal cannot show, a lone surrogate for one, is escaped: no ranking is lost to it.
-            stream.reconfigure(errors="backslashreplace")
+    """Run the command line: exit code 0, or 2 with one line on standard error if the input is at fault."""
+    console.escape_unwritable()
     try:
         app(args=argv)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         message = " ".join(str(error).split())
         print(f"querit: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-def run() -> None:
-    """The console script: `main` in a process of its own, which ends as soon as the work is done.
-
-    An interpreter that has imported torch and transformers takes more than a second to take them down object by object.
-    """
-    try:
-        main()
-    except SystemExit as end:
-        # A profiler or debugger has something to do yet.
-        if isinstance(end.code, int) and not (sys.getprofile() or sys.gettrace()) and _is_told():
-            os._exit(end.code)
-        raise
-
-
-def _is_told() -> bool:
-    """Do what is left to be done at the end; False if what was printed could not be written, which Python tells of."""
-    # What Python does first at its own end, and multiprocessing in a child: uploads end here, and trackers close.
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    try:
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
-    except OSError:
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""Configuration of Querit rerankers: a causal decoder (`text_config`) under a two-logit ranking head."""
+"""Configuration of Querit rerankers: a decoder (`text_config`) under a two-logit ranking head."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ AUTO_MAP = {
     "AutoModel": "modeling_querit.QueritForSequenceRanking",
     "AutoModelForSequenceClassification": "modeling_querit.QueritForSequenceClassification",
 }
-# p1 - p0 = tanh((z1 - z0) / 2): what turns the classifier's one logit into the published score.
-# sentence-transformers and vLLM both read it from here.
+# p1 - p0 = tanh((z1 - z0) / 2): the activation that turns the classifier's logit into the published score.
+# sentence-transformers and vLLM read it from the config.
 ACTIVATION = "torch.nn.modules.activation.Tanh"
 
-# vLLM keeps a place for the routing bias of a DeepSeek-V3 layer only when these two are named.
+# vLLM has a routing bias in a DeepSeek-V3 layer only if the config names these two.
 _DEEPSEEK_ROUTING = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-# What a published config says about the whole model rather than about its backbone.
+# Keys of a published config that describe the whole model rather than its backbone.
 _NOT_OF_THE_BACKBONE = ("architectures", "auto_map", "num_labels", "id2label", "label2id", "transformers_version")
 
 
@@ -26,13 +26,13 @@ class QueritConfig(PreTrainedConfig):
 
     Args:
         text_config (`PreTrainedConfig | dict`, *optional*):
-            The backbone: the configuration of any causal decoder known to transformers; `deepseek_v3` (the
-            architecture of A0.4B) and `qwen3` (of 4B) are first class. A dict needs its `model_type`.
+            The backbone: the configuration of any decoder known to transformers; `deepseek_v3` (the architecture of
+            A0.4B) and `qwen3` (of 4B) are supported best. A dict needs its `model_type`.
             Defaults to `Qwen3Config()`.
         margin_scale (`float`, *optional*, defaults to 0.8):
             Margin of the pairwise hinge loss per unit of label difference, above 0.
         **kwargs:
-            Common arguments of `PreTrainedConfig`. `num_labels` is 1: the model gives one score a pair.
+            Common arguments of `PreTrainedConfig`. `num_labels` is 1: the model gives one score per pair.
 
     Raises:
         ValueError: if `text_config` names no `model_type` that transformers knows, or the margin is not above 0.
@@ -56,9 +56,7 @@ class QueritConfig(PreTrainedConfig):
     ):
         self.text_config = _as_config(text_config)
         if not margin_scale > 0:
-            raise ValueError(
-                f"margin_scale is {margin_scale}: without a margin above 0 the hinge loss asks for nothing."
-            )
+            raise ValueError(f"margin_scale is {margin_scale}: the hinge loss needs a margin above 0.")
         self.margin_scale = margin_scale
         kwargs.setdefault("num_labels", 1)
         kwargs.setdefault("pad_token_id", self.text_config.pad_token_id)
@@ -68,64 +66,68 @@ class QueritConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """As in `PreTrainedConfig`; a published config (`qwen3`, `deepseek_v3`, ...) is read as a backbone's."""
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the config as `PreTrainedConfig` does; a published one (`qwen3`, ...) becomes the `text_config`."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict and config_dict.get("model_type") != cls.model_type:
             config_dict = _wrap_published(config_dict)
         return config_dict, kwargs
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Write `config.json` with the auto_map of the code files that travel beside it."""
-        # Assigned anew each time: after loading from a repository the entries carry that repository's name.
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write `config.json` with the auto_map of the code files beside it."""
+        # Assigned anew each time: after loading from a repository the entries contain that repository's name.
         self.auto_map = dict(AUTO_MAP)
         # One folder, whichever of the two classes held the weights.
         self.architectures = ["QueritForSequenceRanking"]
-        # A folder of this machine means nothing to whoever loads the config.
+        # A local folder means nothing to others who load the config.
         self.text_config._name_or_path = ""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def a0_4b(cls, **kwargs: Any) -> QueritConfig:
-        """Querit-Reranker-A0.4B: 128 experts, 4 active a token; 4,919,636,992 parameters in the backbone."""
-        text_config = CONFIG_MAPPING["deepseek_v3"](
-            vocab_size=128_816,
-            hidden_size=1024,
-            num_hidden_layers=24,
-            first_k_dense_replace=1,
-            intermediate_size=5120,
-            moe_intermediate_size=512,
-            n_routed_experts=128,
-            num_experts_per_tok=4,
-            n_shared_experts=1,
-            n_group=1,
-            topk_group=1,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            q_lora_rank=None,
-            kv_lora_rank=512,
-            qk_nope_head_dim=128,
-            qk_rope_head_dim=64,
-            v_head_dim=128,
-            max_position_embeddings=4096,
-        )
+        """Querit-Reranker-A0.4B: 128 experts, 4 active per token; 4,919,636,992 parameters in the backbone."""
+        text_config = {
+            "model_type": "deepseek_v3",
+            "vocab_size": 128_816,
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "first_k_dense_replace": 1,
+            "intermediate_size": 5120,
+            "moe_intermediate_size": 512,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 4,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "q_lora_rank": None,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "max_position_embeddings": 4096,
+        }
         return cls(text_config=text_config, **kwargs)
 
     @classmethod
     def qwen3_4b(cls, **kwargs: Any) -> QueritConfig:
         """Querit-Reranker-4B, from Qwen3-Embedding-4B: 4,021,782,018 parameters with the head."""
-        text_config = CONFIG_MAPPING["qwen3"](
-            vocab_size=151_666,
-            hidden_size=2560,
-            num_hidden_layers=36,
-            intermediate_size=9728,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-            max_position_embeddings=40_960,
-            tie_word_embeddings=True,
-        )
+        text_config = {
+            "model_type": "qwen3",
+            "vocab_size": 151_666,
+            "hidden_size": 2560,
+            "num_hidden_layers": 36,
+            "intermediate_size": 9728,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "max_position_embeddings": 40_960,
+            "tie_word_embeddings": True,
+        }
         return cls(text_config=text_config, **kwargs)
 
 

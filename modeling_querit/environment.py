@@ -1,4 +1,4 @@
-"""What a result was made with, so that it can be made again."""
+"""Versions of packages and the git revision, for records of results."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions of packages, and the git revision."""
+    """Versions of packages and the git revision, each None if unknown: `{"versions", "git_revision"}`."""
     return {"versions": {package: _version(package) for package in _PACKAGES}, "git_revision": _git_revision()}
 
 
 def _git_revision() -> str | None:
-    """Of the working directory, marked if files differ from it; None outside of git."""
+    """Commit of the working directory, with `-dirty` if tracked files are modified; None outside of git."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

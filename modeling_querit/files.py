@@ -1,102 +1,285 @@
-"""Files that are whole or not there."""
+"""Atomic writes of files and folders, JSONL, and hashes of files."""
 
 from __future__ import annotations
 
+import codecs
 import errno
+import glob
+import gzip
 import hashlib
 import json
 import os
+import shutil
+import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Of safetensors, and of torch's writer of zip files.
-_FULL_WORDS = ("No space left", "os error 28", "] . unexpected pos ", "PytorchStreamWriter failed writing")
-_TOLD = "The disk is full"
+from filelock import FileLock, Timeout
+
+_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How safetensors, and torch's writer of zip files, report a full disk.
+_DISK_FULL_MESSAGES = ("No space left", "os error 28", "] . unexpected pos ", "PytorchStreamWriter failed writing")
+_DISK_FULL = "The disk is full"
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A path to write to, beside `path`, whose place it takes once the block has ended without an error.
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path to write to, which replaces `path` when the block ends without an error.
+
+    Args:
+        path: Path of the file; its folder is made if it does not exist.
 
     Raises:
-        OSError: if the disk is full; what was there before is still there.
+        OSError: if the disk is full, or the file cannot be written; the previous file is then unchanged.
 
     Example:
         ```python
-        >>> with replacing("figures.json") as aside:
-        ...     aside.write_text("{}")
+        >>> with atomic_write("metrics.json") as temporary:
+        ...     temporary.write_text("{}")
         ```
     """
     path = Path(path)
-    # Processes that compute the same do not write to the same file.
+    # Processes that compute the same values do not write to the same temporary file.
     rank = os.environ.get("RANK", "")
-    aside = path.with_name(f"{path.name}{rank and '.'}{rank}.part")
+    temporary = path.with_name(f"{path.name}{rank and '.'}{rank}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        with aside.open("rb") as file:
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     except OSError as error:
-        if error.errno in _FULL:
-            raise _full(path, error) from error
+        if error.errno in _DISK_FULL_ERRNOS:
+            raise _disk_full(path, error) from error
         raise
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def writing_in(folder: str | os.PathLike) -> Iterator[None]:
-    """While libraries write in a folder, each of which has words of its own for a disk that is full.
+def explain_full_disk(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise the error of `atomic_write` if a library reports, in its own words, that the disk is full.
+
+    Args:
+        folder: Folder that the library writes to, for the message.
 
     Raises:
-        OSError: if it is, as `replacing` says it.
+        OSError: if the disk is full.
     """
     try:
         yield
     except Exception as error:
-        is_full = isinstance(error, OSError) and error.errno in _FULL
-        if _TOLD not in str(error) and (is_full or any(words in str(error) for words in _FULL_WORDS)):
-            raise _full(folder, error) from error
+        is_errno = isinstance(error, OSError) and error.errno in _DISK_FULL_ERRNOS
+        is_message = any(message in str(error) for message in _DISK_FULL_MESSAGES)
+        if (is_errno or is_message) and _DISK_FULL not in str(error):
+            raise _disk_full(folder, error) from error
         raise
 
 
-def _full(path: str | os.PathLike, error: Exception) -> OSError:
+def _disk_full(path: str | os.PathLike[str], error: Exception) -> OSError:
     return OSError(
         getattr(error, "errno", None) or errno.ENOSPC,
-        f"{_TOLD}: {path} could not be written. What was written before is whole; make room, and give the same command "
-        "again.",
+        f"{_DISK_FULL}: {path} could not be written. Files written before are complete: free some space and run the "
+        "same command again.",
     )
 
 
-def write_json(value: Any, path: str | os.PathLike) -> None:
-    """Write a value as JSON, indented."""
-    with replacing(path) as aside:
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+def write_json(value: Any, path: str | os.PathLike[str]) -> None:
+    """Write a value as indented JSON, atomically; values that JSON does not have are written as strings."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
-def write_jsonl(rows: Iterable[Any], path: str | os.PathLike, default: Callable[[Any], Any] | None = None) -> None:
-    """Write values as JSON, one a line; `default` stands in for what JSON has no value for, as in `json.dumps`."""
-    with replacing(path) as aside, aside.open("w", encoding="utf-8") as lines:
-        lines.writelines(_line(row, default) for row in rows)
+def write_jsonl(rows: Iterable[Any], path: str | os.PathLike[str], default: Callable[[Any], Any] | None = None) -> None:
+    """Write rows as JSONL, atomically.
+
+    Args:
+        rows: Rows, one a line.
+        path: Path of the file.
+        default: Function that converts values that JSON does not have, as in `json.dumps`.
+    """
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(_json_line(row, default) for row in rows)
+
+
+def read_jsonl(
+    path: str | os.PathLike[str], on_error: Callable[[ValueError, bytes], None] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Read the values of a JSONL file, each with its place `"PATH, line N"`, for error messages.
+
+    Blank lines are skipped; a byte order mark is not part of the first line; `.gz` files are decompressed.
+
+    Args:
+        path: Path of the file, in UTF-8.
+        on_error: Called with the error and the raw line instead of raising; reading then goes on.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a line is not JSON or not UTF-8, or a `.gz` file is damaged; the message names file and line.
+
+    Example:
+        ```python
+        >>> write_jsonl([{"text": "red fox"}], "documents.jsonl")
+        >>> list(read_jsonl("documents.jsonl"))
+        [('documents.jsonl, line 1', {'text': 'red fox'})]
+        ```
+    """
+    for place, line in read_lines(path):
+        try:
+            value = parse_json(line, place)
+        except ValueError as error:
+            if on_error is None:
+                raise
+            on_error(error, line)
+        else:
+            yield place, value
+
+
+def read_lines(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Iterator[tuple[str, bytes]]:
+    """Read the lines of a file that are not blank, each with its place `"NAME, line N"`; as `read_jsonl` otherwise.
+
+    Args:
+        file: Path of the file, or an open one.
+        name: Name for error messages; by default the path.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a `.gz` file is damaged.
+    """
+    if isinstance(file, str | os.PathLike):
+        path = Path(file)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as opened:
+            yield from _numbered_lines(opened, name or str(file))
+    else:
+        yield from _numbered_lines(file, str(name))
+
+
+def _numbered_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[str, bytes]]:
+    number = 0
+    try:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield f"{name}, line {number}", line.rstrip(b"\r\n")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{name} is cut off after line {number}, or is not a gzip file: {error}") from None
+
+
+def decode_line(line: bytes, place: str) -> str:
+    """Decode a line of UTF-8.
+
+    Args:
+        line: The line.
+        place: File and line number, for the error message.
+
+    Raises:
+        ValueError: if the line is not UTF-8.
+    """
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: {error}; save it as UTF-8.") from None
+
+
+def parse_json(line: bytes, place: str) -> Any:
+    """Parse a line of JSON in UTF-8; arguments and errors as in `decode_line`."""
+    text = decode_line(line, place)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def jsonl_sha256(rows: Iterable[Any], default: Callable[[Any], Any] | None = None) -> str:
-    """Of the file that `write_jsonl` makes of rows, in hexadecimal."""
+    """SHA-256, in hexadecimal, of the file that `write_jsonl` would write; arguments as there."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(_line(row, default).encode("utf-8"))
+        digest.update(_json_line(row, default).encode("utf-8"))
     return digest.hexdigest()
 
 
-def _line(row: Any, default: Callable[[Any], Any] | None) -> str:
+def _json_line(row: Any, default: Callable[[Any], Any] | None) -> str:
     return json.dumps(row, ensure_ascii=False, default=default) + "\n"
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """Of a file, in hexadecimal."""
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Lock file in a temporary folder, held while a process writes there.
+_LOCK = ".lock"
+
+
+def check_destination(destination: str | os.PathLike[str]) -> Path:
+    """Check, before any work is done for it, that a new folder can be written.
+
+    Args:
+        destination: Path of the folder; it must not exist, or be empty.
+
+    Returns:
+        Its real path; the parent folder exists.
+
+    Raises:
+        OSError: if the path is taken, is a mount point, or cannot be written.
+    """
+    try:
+        destination = Path(destination).resolve()
+    except RuntimeError:
+        raise FileExistsError(f"{destination} is a link to itself: name a new folder.") from None
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(f"{destination} exists: name a new folder.")
+    if destination.is_mount():
+        raise FileExistsError(f"{destination} is a mount point: name a folder in it.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(destination.parent, os.W_OK):
+        raise PermissionError(f"{destination} cannot be written: no write permission in {destination.parent}.")
+    return destination
+
+
+@contextmanager
+def atomic_folder(destination: Path) -> Iterator[Path]:
+    """A temporary folder to write to, which becomes `destination` when the block ends without an error.
+
+    Temporary folders that killed processes left for the same destination are removed.
+
+    Args:
+        destination: Path of the folder, from `check_destination`.
+
+    Example:
+        ```python
+        >>> with atomic_folder(check_destination("merged")) as folder:
+        ...     write_json({}, folder / "config.json")
+        ```
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{destination.name}-"
+    _remove_abandoned(destination.parent, prefix)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as temporary:
+        folder = Path(temporary) / destination.name
+        # Released when this process ends, however it ends.
+        with FileLock(Path(temporary) / _LOCK):
+            folder.mkdir()
+            yield folder
+            # Replaces an empty folder; fails if somebody has put files there in the meantime.
+            folder.replace(destination)
+
+
+def scratch_folder(folder: Path) -> Path:
+    """Path for intermediate files of an `atomic_folder`, beside it; removed when that folder is complete."""
+    return folder.with_name(f"{folder.name}-parents")
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove the temporary folders that no living process writes to."""
+    for lock in parent.glob(f"{glob.escape(prefix)}*/{_LOCK}"):
+        try:
+            with FileLock(lock, timeout=0):
+                pass
+        except Timeout:
+            continue
+        shutil.rmtree(lock.parent, ignore_errors=True)

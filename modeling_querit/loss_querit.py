@@ -1,4 +1,4 @@
-"""The pairwise hinge loss on scores in [-1, 1] that the published rerankers were trained with."""
+"""The pairwise hinge loss that the published rerankers were trained with, on scores in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def pairwise_hinge_loss(
 
     Args:
         scores: Scores of the documents, shape (batch,), in [-1, 1]; computed with in float32.
-        labels: Relevance of the documents, shape (batch,), any real scale; NaN where unknown takes part in no pair.
-        query_ids: Which query each document belongs to, shape (batch,), integers.
+        labels: Relevance of the documents, shape (batch,), on any real scale; NaN if unknown, which is in no pair.
+        query_ids: Index of the query that each document belongs to, shape (batch,), integers.
         margin_scale: Margin per unit of label difference.
-        emphasis: Share of each query's list, from the top by predicted score, in which a document with the lower
-            label of a pair has the margin doubled: 0.3 in the published option, 0 without.
-        reduction: `mean`; `sum`; or `none`, one value a pair.
+        emphasis: Share of each query's list, from the top by predicted score. The margin of a pair is doubled if its
+            lower-labelled document is among them: 0.3 in the published option, 0 for no doubling.
+        reduction: `mean`, `sum`, or `none` for one value per pair.
 
     Returns:
-        A scalar in float32, or (pairs,); zero, still differentiable, where no query has two different labels.
+        A scalar in float32, or (pairs,); zero, still differentiable, if no query has two different labels.
 
     Raises:
-        ValueError: if the three are not of one shape, (batch,).
+        ValueError: if scores, labels and query_ids differ in shape, or the reduction is unknown.
 
     Example:
         ```python
@@ -49,23 +49,28 @@ def pairwise_hinge_loss(
 
 
 def aligned(scores: Tensor, labels: Tensor, query_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three, (batch,) each, on the scores' device; scores and labels in float32 at least."""
+    """Check that scores, labels and query_ids are (batch,) each, and move them to the scores' device.
+
+    Returns:
+        Scores and labels in float32 at least, and query_ids.
+    """
     if not scores.shape == labels.shape == query_ids.shape == scores.shape[:1]:
-        shapes = ", ".join(str(tuple(each.shape)) for each in (scores, labels, query_ids))
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (scores, labels, query_ids))
         raise ValueError(f"scores, labels and query_ids have shapes {shapes}: give (batch,) of each.")
     dtype = torch.promote_types(scores.dtype, torch.float32)
     return scores.to(dtype), labels.to(scores.device, dtype), query_ids.to(scores.device)
 
 
 def ordered_pairs(labels: Tensor, query_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices i and j, (pairs,) each, of all pairs of one query with `y_i > y_j`; a NaN is in none."""
+    """Find all pairs i, j of one query with `y_i > y_j`: indices i and j, (pairs,) each; a NaN label is in no pair."""
     is_pair = (query_ids[:, None] == query_ids[None, :]) & (labels[:, None] > labels[None, :])
-    # Selected, not multiplied by the mask: a NaN label or an infinite score outside the pairs must not leak in.
-    return is_pair.nonzero(as_tuple=True)
+    # Selected, not multiplied by the mask: a NaN label or an infinite score outside the pairs must not spread.
+    higher, lower = is_pair.nonzero(as_tuple=True)
+    return higher, lower
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:
-    """Losses of single items as torch's own losses give them: their `mean` (zero if there are none), `sum`, or all."""
+    """Reduce the losses of single items as torch's losses do: `mean` (zero without items), `sum` or `none`."""
     if reduction == "none":
         return losses
     if reduction not in ("mean", "sum"):
@@ -74,7 +79,7 @@ def reduce(losses: Tensor, reduction: str) -> Tensor:
 
 
 def _in_top(scores: Tensor, query_ids: Tensor, share: float) -> Tensor:
-    """Whether a document is in the first `share` of its query's list by score, (batch,); equal scores all are."""
+    """Whether a document is in the top `share` of its query's list by score, (batch,); ties at its edge all are."""
     is_same_query = query_ids[:, None] == query_ids[None, :]
     above = (is_same_query & (scores[None, :] > scores[:, None])).sum(-1)
     return above < share * is_same_query.sum(-1)

@@ -1,65 +1,71 @@
-"""Querit rerankers: a causal decoder of transformers, read at the final `[CLS]`, under a two-logit head."""
+"""Querit rerankers: a decoder of transformers under a two-logit head, which reads the final `[CLS]`."""
 
 from __future__ import annotations
 
-import copy
-import itertools
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, logging
 
-from .attention_querit import CannotPack, Run
 from .configuration_querit import QueritConfig
-from .engine_querit import attends_plainly, contexts_of_checkpointing, exclusive, inputs_of, read_pack
-from .folder_querit import write_card_stub, write_folder_files
 from .loss_querit import pairwise_hinge_loss
-from .masks_querit import last_token, prepare_mask
-from .moe_querit import NAME as EXPERTS_IMPLEMENTATION
+from .mixed_precision_querit import fastest_dtypes, mixed_precision_modes
+from .moe_querit import EXPERTS_IMPLEMENTATION
+from .packed_attention_querit import KeyValueStates
+from .packed_forward_querit import is_causal, run_packed
 from .packing_querit import Pack
-from .processing_querit import QueritProcessor
-from .ranking_querit import Document, RankedDocument, rank_documents, score_pairs, score_stream
+from .processing_querit import Document, Pair, QueritProcessor
+from .ranking_querit import RankedDocument, rank_documents, score_stream
+from .saving_querit import (
+    check_loaded,
+    missing_experts,
+    name_few,
+    spare_head,
+    write_card_stub,
+    write_folder_files,
+)
 
 logger = logging.get_logger(__name__)
 
-# Published checkpoints call the head `head`.
+# Published checkpoints name the head `head`.
 _PUBLISHED_KEYS = {r"^head\.": "score."}
-_EXPERT_KEY = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.weight)")
 
 
 @dataclass
 class QueritOutput(ModelOutput):
-    """What a Querit model returns.
+    """Output of a Querit model.
 
     Args:
-        loss: Pairwise hinge loss, a float32 scalar; only where `labels` and `query_ids` were given.
-        logits: float32; (batch, 2) = [z0, z1] from the ranking model, (batch, 1) = (z1 - z0) / 2 from the classifier.
-        score: The published relevance score p1 - p0 in [-1, 1], float32, (batch, 1).
-        hidden_states, attentions: the backbone's, where asked for.
+        loss: Pairwise hinge loss, a float32 scalar; only with `labels` and `query_ids`.
+        logits: Logits in float32: (batch, 2) = [z0, z1] from the ranking model, (batch, 1) = (z1 - z0) / 2 from the
+            classifier.
+        score: Relevance score p1 - p0 in [-1, 1], as published, float32, (batch, 1).
+        hidden_states: Hidden states of the backbone's layers, if asked for.
+        attentions: Attention weights of the backbone's layers, if asked for.
+        carried: Keys and values that the next pack continues; only after a pack with a `carry_over`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    score: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    score: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    carried: KeyValueStates | None = None
 
 
 class QueritHead(nn.Linear):
-    """`W h + b` in float32, whatever the dtype of the weights, of `h` or of an autocast around it."""
+    """`W h + b` in float32, whatever the dtype of the weights, of `h` or of an enclosing autocast."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(batch, hidden) in any dtype -> (batch, 2) logits, float32."""
+        """(batch, hidden) in any dtype -> logits, (batch, 2), float32."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
 
@@ -71,8 +77,6 @@ class QueritPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     # The loss is a mean over pairs: without this the Trainer would not divide it by the accumulation steps.
     accepts_loss_kwargs = False
-    # Whether layers that a backward pass repeats do not know the pack they had.
-    _repeats_blindly = False
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -82,28 +86,30 @@ class QueritPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for its decorator in the text of this file, but the experts are the backbone's.
+        # transformers looks for its decorator in the source of this file, but the experts are the backbone's.
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The implementation that was asked for, checked by transformers; by default ours."""
+        """Check the requested implementation as transformers does; the default is ours."""
         return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, QueritHead):
-            # At zero, not at random: decoders' final states are large, and a random head saturates p1 - p0,
-            # where the hinge has no gradient. A head at zero starts every score at 0 and learns at full slope.
+            # Zero, not random: final hidden states are large, so a random head saturates p1 - p0, where the hinge has
+            # no gradient. With a zero head every score starts at 0, where the slope is largest.
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
         """Load a Querit folder or repository, in our layout or as published; see `PreTrainedModel.from_pretrained`.
 
         Published layouts: config.json of the backbone (`qwen3`, `deepseek_v3`), head as `head.weight` and
-        `head.bias`, backbone keys with or without `model.`, one key an expert.
+        `head.bias`, backbone keys with or without `model.`, one key per expert.
 
         Raises:
             ValueError: if a weight is missing from the checkpoint or has another shape; the message names the keys.
@@ -112,10 +118,10 @@ class QueritPreTrainedModel(PreTrainedModel):
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         key_mapping = _PUBLISHED_KEYS | (kwargs.pop("key_mapping", None) or {})
         if (quantization := kwargs.get("quantization_config")) is not None:
-            kwargs["quantization_config"] = _sparing_the_head(quantization)
+            kwargs["quantization_config"] = spare_head(quantization)
         try:
-            # Sizes are let through here, so that our own error can name the key in one sentence.
-            model, info = super().from_pretrained(
+            # Mismatched sizes are accepted here, so that our own error can name the key in one sentence.
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path,
                 *args,
                 output_loading_info=True,
@@ -128,11 +134,12 @@ class QueritPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path}: a weight file is damaged or cut short ({error})."
             ) from error
         except RuntimeError as error:
-            # transformers names no key where it cannot put the experts of a layer together.
-            if missing := _missing_experts(pretrained_model_name_or_path):
-                raise ValueError(f"{pretrained_model_name_or_path}: no weight for {_few(missing)}.") from error
+            # transformers names no key if it cannot merge the experts of a layer.
+            if missing := missing_experts(pretrained_model_name_or_path):
+                raise ValueError(f"{pretrained_model_name_or_path}: no weight for {name_few(missing)}.") from error
             raise
-        _check_loaded(pretrained_model_name_or_path, info, may_mismatch)
+        model, info = loaded
+        check_loaded(pretrained_model_name_or_path, info, may_mismatch)
         model._save_under_own_keys()
         model._hub_kwargs = {
             name: kwargs[name]
@@ -140,44 +147,36 @@ class QueritPreTrainedModel(PreTrainedModel):
             if kwargs.get(name) is not None
         }
         if commit := getattr(model.config, "_commit_hash", None):
-            # The tokenizer is read later, and belongs to these weights.
+            # The tokenizer is loaded later, and has to be that of these weights.
             model._hub_kwargs["revision"] = commit
         return (model, info) if with_loading_info else model
 
     def _save_under_own_keys(self) -> None:
-        """Forget the renaming of published keys, which `save_pretrained` would otherwise undo (`score` -> `head`)."""
+        """Drop the renaming of published keys, which `save_pretrained` would otherwise undo (`score` -> `head`)."""
         conversions = getattr(self, "_weight_conversions", None)
         if conversions:
-            ours = set(_PUBLISHED_KEYS)
             self._weight_conversions = [
-                each for each in conversions if not ours.intersection(getattr(each, "_original_source_patterns", ()))
+                conversion
+                for conversion in conversions
+                if not set(_PUBLISHED_KEYS).intersection(getattr(conversion, "_original_source_patterns", ()))
             ]
 
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
-    ) -> None:
-        # Layers that a backward pass repeats have to see the pack of their forward pass again.
-        settings = getattr(gradient_checkpointing_func, "keywords", {})
-        self._repeats_blindly = enable and (settings.get("use_reentrant", False) or "context_fn" in settings)
-        if enable and not self._repeats_blindly:
-            contexts = partial(contexts_of_checkpointing, self.model)
-            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False, context_fn=contexts)
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write one folder that transformers, sentence-transformers and mteb load; see `PreTrainedModel`.
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Write the one folder that transformers, sentence-transformers and mteb load; see `PreTrainedModel`.
-
-        Beside weights and config: tokenizer with its chat template, the code files, what sentence-transformers
-        reads, and a model card stub if there is no README.md yet. `push_to_hub` uploads the same.
+        Besides weights and config it holds the tokenizer with its chat template, the code files, the files of
+        sentence-transformers, and a model card stub if there is no README.md yet. `push_to_hub` uploads the same.
         """
         if kwargs.get("is_main_process", True):
             os.makedirs(save_directory, exist_ok=True)
             write_folder_files(self, save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _upload_modified_files(self, working_dir: Any, repo_id: str, files_timestamps: Any, **kwargs: Any) -> Any:
-        # transformers has put its blank template in the place of our card by now, unless the repository has a card;
-        # and the time before which it leaves files out was taken after ours were written.
+    def _upload_modified_files(  # type: ignore[override]
+        self, working_dir: Any, repo_id: str, files_timestamps: Any, **kwargs: Any
+    ) -> Any:
+        # By now transformers has replaced our card by its blank template, unless the repository has a card. It uploads
+        # only files changed after a timestamp that it took once ours were written; without timestamps it uploads all.
         write_card_stub(working_dir, repo_id, over_template=True)
         return super()._upload_modified_files(working_dir, repo_id, {}, **kwargs)
 
@@ -199,7 +198,7 @@ class QueritPreTrainedModel(PreTrainedModel):
 
 
 class QueritForSequenceRanking(QueritPreTrainedModel):
-    """Relevance of (instruction, query, document) texts: `p = softmax(W h + b)` at `[CLS]`, score `p1 - p0`.
+    """Scores the relevance of a document to a query: `p = softmax(W h + b)` at `[CLS]`, score `p1 - p0`.
 
     Source: arXiv 2606.19037, section 3; the public reference is mteb's `QueritWrapper`.
 
@@ -221,48 +220,82 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.FloatTensor | None = None,
-        query_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        query_ids: torch.Tensor | None = None,
         pack: Pack | None = None,
+        carried: KeyValueStates | None = None,
+        prune_last_layer: bool = True,
+        mixed_precision: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> QueritOutput | tuple:
-        """Score a batch of tokenized pairs, each ending in `[CLS]`.
+    ) -> QueritOutput | tuple[Any, ...]:
+        """Score a batch of tokenized pairs, each ending in `[CLS]`; or a pack of them.
 
         Args:
-            input_ids: (batch, sequence); or `inputs_embeds`, (batch, sequence, hidden).
-            attention_mask: (batch, sequence), 1 for tokens and 0 for padding on either side; or 4-D as the
-                transformers attention functions take it: boolean (True = may attend) or additive,
+            input_ids: Token ids, (batch, sequence).
+            attention_mask: Mask of the tokens, (batch, sequence), 1 for tokens and 0 for padding on either side; or
+                4-D as the attention functions of transformers take it: boolean (True = may attend) or additive,
                 (batch, 1, sequence, sequence). Without one, every position is a token.
-            position_ids: (batch, sequence). Counted from the first token by default, so padding moves no score.
-            labels: (batch,), hard or continuous, together with `query_ids`, (batch,), for the hinge loss.
-            pack: How the pairs lie end to end in `input_ids` and `position_ids`, (1, tokens), without padding: from
-                `plan_packs`, which knows both, so that they may be left out. The batch is then that of its pairs;
-                nothing else can be given with it.
-            **kwargs: handed to the backbone (`output_hidden_states`, ...).
+            position_ids: Positions, (batch, sequence). Counted from the first token by default, so padding moves no
+                score.
+            inputs_embeds: Embeddings in place of `input_ids`, (batch, sequence, hidden).
+            labels: Relevance labels for the hinge loss, (batch,), hard or continuous; need `query_ids`.
+            query_ids: Index of the query that each pair belongs to, (batch,).
+            pack: Layout of pairs in one row without padding, from `plan_packs`; the batch is then that of its pairs.
+                `input_ids` and `position_ids`, (1, tokens), may be left out, and nothing else describes the inputs.
+            carried: The field `carried` of the output for the pack before, if the pack has a `carried_length`.
+            prune_last_layer: Whether the last layer skips the rows of a pack that are not scored.
+            mixed_precision: Whether to compute in the dtypes that are fastest on this processor, and int8 weights by
+                `Int8Arithmetic`; differs from the model's own dtype by rounding.
+            return_dict: Whether to return a `QueritOutput`, as by default, or a tuple.
+            **kwargs: Further arguments of the backbone (`output_hidden_states`, ...).
 
         Returns:
             [`QueritOutput`], or a tuple with `return_dict=False`.
+
+        Raises:
+            PackingError: if packs cannot express the backbone's attention.
+            ValueError: if the arguments do not go together.
         """
         if labels is not None and query_ids is None:
             raise ValueError("labels need query_ids, (batch,): the loss compares the documents of one query.")
+        run_backbone = partial(self._run_backbone, mixed_precision=mixed_precision)
         hidden_states = attentions = None
         if pack is not None:
-            others = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds} | kwargs
-            last_states = self._read_pack(pack, input_ids, position_ids, others)
+            _check_only_pack(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+            last_states, carried = run_packed(
+                self.model,
+                run_backbone,
+                pack,
+                **_pack_inputs(pack, input_ids, position_ids, self.device),
+                carried=carried,
+                prune_last_layer=prune_last_layer,
+            )
         else:
-            outputs, is_token = self._decode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-            last_states = last_token(outputs.last_hidden_state, is_token)
+            inputs = input_ids if inputs_embeds is None else inputs_embeds
+            if inputs is None:
+                raise ValueError("There are no inputs: give input_ids, inputs_embeds or a pack.")
+            attention_mask, is_token = prepare_mask(attention_mask, len(inputs), self.dtype, is_causal(self.model))
+            if position_ids is None and is_token is not None:
+                position_ids = (is_token.cumsum(-1) - 1).clamp(min=0)
+            outputs = run_backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+            last_states = last_token(outputs[0], is_token)
             hidden_states, attentions = outputs.hidden_states, outputs.attentions
-        logits = self.score(last_states)
+        logits = self.score(last_states)  # (batch, 2)
         # p1 - p0 as tanh: the same number, without the cancellation of two nearly equal probabilities.
-        score = torch.tanh((logits[:, 1:] - logits[:, :1]) / 2)
+        score = torch.tanh((logits[:, 1:] - logits[:, :1]) / 2)  # (batch, 1)
         loss = None
-        if labels is not None:
+        if labels is not None and query_ids is not None:
             loss = pairwise_hinge_loss(score.squeeze(-1), labels, query_ids, self.config.margin_scale)
         output = QueritOutput(
             loss=loss,
@@ -270,61 +303,28 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             score=score,
             hidden_states=hidden_states,
             attentions=attentions,
+            carried=carried or None,
         )
         return output if return_dict in (None, True) else output.to_tuple()
 
-    def _decode(
+    def _run_backbone(
         self,
-        input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        inputs_embeds: torch.FloatTensor | None,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        *,
+        mixed_precision: bool = False,
         **kwargs: Any,
-    ) -> tuple[Any, torch.Tensor | None]:
-        """What the backbone returns, and which positions are tokens, (batch, sequence); None: all."""
-        batch_size = len(input_ids if inputs_embeds is None else inputs_embeds)
-        attention_mask, is_token = prepare_mask(attention_mask, batch_size, self.dtype)
-        if position_ids is None and is_token is not None:
-            position_ids = (is_token.cumsum(-1) - 1).clamp(min=0)
+    ) -> BaseModelOutputWithPast:
         kwargs.setdefault("use_cache", False)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        return outputs, is_token
-
-    def _read_pack(
-        self,
-        pack: Pack,
-        input_ids: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        others: dict[str, Any],
-    ) -> torch.Tensor:
-        given = [name for name, value in others.items() if value is not None and value is not False]
-        if given or pack.carried:
-            raise ValueError(f"A pack goes with nothing but input_ids, not with {(given or ['carried states'])[0]}.")
-        inputs = {"input_ids": input_ids, "position_ids": position_ids}
-        inputs = {name: ids for name, ids in inputs.items() if ids is not None}
-        for name, ids in inputs.items():
-            if ids.shape != (1, len(pack)):
-                raise ValueError(
-                    f"{name} has shape {tuple(ids.shape)}, but the pack has {len(pack)} tokens in one row."
-                )
-        if len(inputs) < 2:
-            inputs = inputs_of(pack, self.device) | inputs
-        if not attends_plainly(self.model):
-            raise CannotPack("no plain attention")
-        if self.training and self._repeats_blindly:
-            raise ValueError("Packs need gradient checkpointing with use_reentrant=False.")
-        config, layers = self.model.config, getattr(self.model, "layers", None)
-        # A layer that is computed once more in the backward pass has to do then what it did before.
-        is_repeated = self.training and layers and getattr(layers[-1], "gradient_checkpointing", False)
-        with exclusive(self):
-            run = Run(pack, {}, config._attn_implementation, None if is_repeated else config.num_hidden_layers - 1)
-            return read_pack(self, run, **inputs)
+        if not mixed_precision:
+            return self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        dtypes = fastest_dtypes(self.device, self.dtype)
+        if dtypes.hidden_states != self.dtype:
+            if inputs_embeds is None:
+                inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
+            inputs_embeds = inputs_embeds.to(dtypes.hidden_states)
+        with mixed_precision_modes(dtypes, self.dtype, getattr(self, "is_quantized", False)):
+            return self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def _public_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
@@ -340,24 +340,24 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> list[RankedDocument]:
-        """Documents in order of relevance, best first; equal scores keep the given order.
+        """Rank documents by relevance, best first; equal scores keep the given order.
 
-        Pairs go through the model end to end, without padding, what they begin with only once; in bfloat16 on a CPU
-        that is slow at it, arithmetic is in float32. With `top_k`, documents are read as they are scored, and no more
-        are held in memory than a few batches.
+        Pairs are packed without padding, and the prefix that they share is computed once; on CPUs that are slow at
+        bfloat16, a bfloat16 model computes in float32. With `top_k`, documents are read as they are scored, and only a
+        few batches of them are held in memory.
 
         Args:
-            query: What is searched for.
+            query: The search query.
             documents: Strings or `{"title": ..., "text": ...}`; any iterable.
-            instruction: The task in one sentence; by default the one the model was trained with.
-            top_k: How many to return, at least 1; all by default.
-            max_length: Tokens a pair may have, `[CLS]` included; longer documents are cut at their end.
-            batch_tokens: Tokens of one forward pass: what bounds the memory. By default 2,048 for a dense model on a
-                CPU and 8,192 otherwise. Where memory runs out, it is halved.
-            show_progress_bar: By default only on a terminal and where it takes more than two seconds.
+            instruction: The task in one sentence; by default the one that the model was trained with.
+            top_k: Number of documents to return, at least 1; all by default.
+            max_length: Maximum number of tokens in a pair, `[CLS]` included; longer documents are cut at their end.
+            batch_tokens: Maximum number of tokens in a forward pass, which bounds the memory. By default 2,048 for a
+                dense model on a CPU and 8,192 otherwise. If memory runs out, it is halved.
+            show_progress_bar: Whether to show a progress bar; by default only on a terminal and after two seconds.
 
         Returns:
-            `RankedDocument(index, score, document)` tuples; `index` is the place in `documents`.
+            `RankedDocument(index, score, document)` tuples; `index` counts the given documents from 0.
 
         Raises:
             TypeError: if the query or a document is not text.
@@ -376,15 +376,15 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
 
     def predict(
         self,
-        pairs: Iterable[tuple[str, Document]],
+        pairs: Iterable[Pair],
         instruction: str | None = None,
         *,
         max_length: int | None = None,
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> torch.Tensor:
-        """Scores of (query, document) pairs, float32 on the CPU, (pairs,), in [-1, 1]; arguments as in `rank`."""
-        return score_pairs(
+        """Score (query, document) pairs: float32 on the CPU, (pairs,), in [-1, 1]; arguments as in `rank`."""
+        scored = score_stream(
             self,
             pairs,
             instruction=instruction,
@@ -392,17 +392,18 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
         )
+        return torch.tensor([score for _, score in scored], dtype=torch.float32)
 
     def predict_stream(
         self,
-        pairs: Iterable[tuple[str, Document]],
+        pairs: Iterable[Pair],
         instruction: str | None = None,
         *,
         max_length: int | None = None,
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> Iterator[float]:
-        """`predict` for any number of pairs: scores come out, in order, while pairs are read.
+        """Score any number of pairs; scores are yielded in order while pairs are read, arguments as in `rank`.
 
         Example:
             ```python
@@ -425,53 +426,99 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
 class QueritForSequenceClassification(QueritForSequenceRanking):
     """The same weights with one logit, `(z1 - z0) / 2`, whose tanh is the score.
 
-    For sentence-transformers' CrossEncoder, which takes template and tanh from the folder; a plain text-classification
-    pipeline knows neither.
+    For CrossEncoder of sentence-transformers, which takes template and tanh from the folder; a plain
+    text-classification pipeline applies neither.
     """
 
     def _public_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return (logits[:, 1:] - logits[:, :1]) / 2
 
 
-def _sparing_the_head(quantization_config: Any) -> Any:
-    """The same, but for the head: its two rows take no time, and decide the score."""
-    spared = getattr(quantization_config, "modules_to_not_convert", None) or []
-    if hasattr(quantization_config, "modules_to_not_convert") and "score" not in spared:
-        quantization_config = copy.copy(quantization_config)
-        quantization_config.modules_to_not_convert = [*spared, "score"]
-    return quantization_config
+def _check_only_pack(**others: Any) -> None:
+    names = [name for name, value in others.items() if value is not None and value is not False]
+    if names:
+        raise ValueError(f"A pack goes with nothing but input_ids and position_ids: leave out {names[0]}.")
 
 
-def _check_loaded(name: Any, info: dict[str, Any], may_mismatch: bool) -> None:
-    """Raise unless every weight came from the checkpoint: a freshly initialised head would rank at random."""
-    if info["mismatched_keys"] and not may_mismatch:
-        key, *shapes = sorted(info["mismatched_keys"], key=str)[0]
+def _pack_inputs(
+    pack: Pack, input_ids: torch.Tensor | None, position_ids: torch.Tensor | None, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `position_ids` of a pack, (1, tokens) each: as given, or from the pack."""
+    tensors = {name: ids for name, ids in (("input_ids", input_ids), ("position_ids", position_ids)) if ids is not None}
+    for name, ids in tensors.items():
+        if ids.shape != (1, len(pack)):
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}, but the pack has {len(pack)} tokens in one row.")
+    return tensors if len(tensors) == 2 else pack.to_tensors(device) | tensors
+
+
+def prepare_mask(
+    attention_mask: torch.Tensor | None, batch_size: int, dtype: torch.dtype, is_causal: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Turn a caller's mask into the backbone's, and find out which positions are tokens.
+
+    Args:
+        attention_mask: (batch, sequence), or (batch or 1, 1, sequence, sequence), boolean or additive; None for all.
+        batch_size: Number of rows in the batch.
+        dtype: Data type of the model, in which additive masks are made.
+        is_causal: Whether the backbone's tokens attend to no later ones.
+
+    Returns:
+        The mask for the backbone, and booleans that tell tokens from padding, (batch, sequence); None: all tokens.
+
+    Raises:
+        ValueError: if the mask has another shape, or is causal for a backbone that attends in both directions.
+    """
+    if attention_mask is None:
+        return None, None
+    if attention_mask.dim() == 2:
+        return attention_mask, attention_mask.bool()
+    if attention_mask.dim() != 4 or attention_mask.shape[1] != 1:
         raise ValueError(
-            f"{name}: {key} has shape {tuple(shapes[0])} in the checkpoint, but this model needs "
-            f"{tuple(shapes[1])}; is config.json that of these weights, with a head of two labels?"
+            f"attention_mask has shape {tuple(attention_mask.shape)}: give (batch, sequence) or "
+            "(batch, 1, sequence, sequence)."
         )
-    if info["missing_keys"]:
-        missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if not attention_mask.is_floating_point():
+        attention_mask = attention_mask.bool()
+    is_boolean = attention_mask.dtype == torch.bool
+    # A blocked position is written as the dtype's minimum, as -inf, -1e9 or -1e4; what is above is a bias.
+    may_attend = attention_mask if is_boolean else attention_mask > -1e3
+    is_biased = not is_boolean and bool((attention_mask[may_attend] != 0).any())
+    may_attend = may_attend.expand(batch_size, -1, -1, -1)
+    is_token = _linked_positions(may_attend[:, 0])
+    plain = is_token[:, :, None] & is_token[:, None, :]  # (batch, sequence, sequence)
+    if is_causal:
+        plain = plain & torch.ones_like(plain[0]).tril()
+    # Plain attention over the tokens, as the reference wrapper writes it, is what a 2-D mask says: with that the
+    # backbone builds its own masks (sliding windows too) and its fastest kernels stay available.
+    if not is_biased and torch.equal(may_attend[:, 0] & is_token[:, :, None], plain):
+        return is_token.long(), is_token
+    if not is_causal and not may_attend.triu(1).any():
         raise ValueError(
-            f"{name}: no weight for {_few(missing)} in the checkpoint"
-            + (f", while it holds {_few(unused)} that the model has no use for" if unused else "")
-            + ". A reranker is not loaded with weights left at their initial value; to start training from a plain "
-            "decoder use modeling_querit.from_backbone."
+            "attention_mask is causal, but the backbone attends in both directions: give a mask of the tokens, "
+            "(batch, sequence)."
         )
+    if is_boolean:
+        blocked = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+        attention_mask = blocked.masked_fill(~attention_mask, torch.finfo(dtype).min)
+    return attention_mask, is_token
 
 
-def _missing_experts(name: str | os.PathLike) -> list[str]:
-    """Keys of single experts that a local checkpoint lacks, while it has others of their layer."""
-    keys: set[str] = set()
-    for path in Path(name).glob("*.safetensors"):
-        with safe_open(path, "pt") as tensors:
-            keys.update(tensors.keys())
-    found = [match.groups() for match in map(_EXPERT_KEY.fullmatch, keys) if match]
-    layers, experts = {layer for layer, _, _ in found}, {int(expert) for _, expert, _ in found}
-    wanted = itertools.product(layers, range(max(experts, default=-1) + 1), {part for _, _, part in found})
-    return sorted({f"{layer}.{expert}.{part}" for layer, expert, part in wanted} - keys)
+def _linked_positions(may_attend: torch.Tensor) -> torch.Tensor:
+    """Positions that attend to themselves and that attend, or are attended to by, another one; (batch, sequence).
+
+    Padding sometimes attends to itself, lest its row of the softmax be empty, but has nothing to do with the others.
+    """
+    itself = may_attend.diagonal(dim1=-2, dim2=-1)
+    others = may_attend & ~torch.eye(may_attend.shape[-1], dtype=torch.bool, device=may_attend.device)
+    is_linked = itself & (others.any(-1) | others.any(-2))
+    # A text of one token is linked to nothing.
+    return torch.where(is_linked.any(-1, keepdim=True), is_linked, itself)
 
 
-def _few(keys: list[str], limit: int = 3) -> str:
-    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + more
+def last_token(hidden_states: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
+    """The state at the last token of each row, whichever side the padding is on: (batch, hidden)."""
+    if is_token is None:
+        return hidden_states[:, -1]
+    positions = torch.arange(is_token.shape[1], device=is_token.device)
+    last = torch.where(is_token, positions, 0).argmax(-1).to(hidden_states.device)
+    return hidden_states[torch.arange(len(last), device=hidden_states.device), last]

@@ -5,10 +5,10 @@ Importing this file registers two implementations with transformers, for every m
 
     AutoModel.from_pretrained(name, experts_implementation="querit")
 
-- `querit`, the default of Querit models, sorts the tokens by expert and computes a few experts at a time, one a core,
-  by batched matrix products. It is for CPUs; elsewhere it is transformers' `grouped_mm`.
-- `querit_triton` has the kernels of `moe_triton_querit.py` for NVIDIA GPUs. Not the default as long as
-  `python -m benchmarks.experts --device cuda` has not shown on a GPU that they are right, and faster.
+- `querit`, the default of Querit models, sorts tokens by expert and computes a few experts at a time, one per core, by
+  batched matrix products. It is for CPUs; on other devices it calls transformers' `grouped_mm`.
+- `querit_triton` runs the kernels of `moe_triton_querit.py` on NVIDIA GPUs. It will be the default there once
+  `python -m benchmarks.experts --device cuda` has shown on a GPU that it is right, and faster.
 """
 
 from __future__ import annotations
@@ -16,92 +16,118 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from threading import local
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from .mixed_precision_querit import fastest_dtypes
 from .moe_triton_querit import Saved, experts_backward, experts_forward, is_available
-from .precision_querit import fastest_arithmetic
 
-NAME = "querit"
-TRITON_NAME = "querit_triton"
+EXPERTS_IMPLEMENTATION = "querit"
+TRITON_IMPLEMENTATION = "querit_triton"
 
-# From this many tokens an expert on, float32 products gain more than converting the expert's weights costs. With fewer,
-# reading the weights is what takes the time, and transformers' `grouped_mm` reads them with the least ado.
+# From this mean number of tokens per expert on, float32 products gain more than converting the weights costs. With
+# fewer, reading the weights dominates, and transformers' `grouped_mm` has the least overhead.
 _ROWS_WORTH_CONVERTING = 48
-# Experts computed at once, at most: their converted weights are held in memory.
+# Maximum number of experts computed at once: their converted weights are held in memory.
 _MAX_GROUP = 16
-# Rows computed over rows needed, where the experts of a group are padded to the same number of rows.
+# Maximum ratio of computed to needed rows, when the experts of a group are padded to the same number of rows.
 _MAX_PADDING = 1.12
-# Tokens whose outputs are added up at once: few enough to stay in the cache.
+# Number of tokens whose outputs are summed at once: few enough to stay in the cache.
 _TOKENS_PER_SUM = 512
 
 
+class ExpertsModule(Protocol):
+    """What this file uses of an experts module that transformers' `use_experts_implementation` has described."""
+
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    gate_up_proj: Tensor
+    up_proj: Tensor
+    down_proj: Tensor
+    gate_up_proj_bias: Tensor
+    up_proj_bias: Tensor
+    down_proj_bias: Tensor
+    act_fn: nn.Module
+    post_expert_norm: nn.Module
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters of the module."""
+
+
 def querit_experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The experts of a mixture-of-experts layer, as transformers' registry calls them.
+    """Compute the experts of a mixture-of-experts layer, as transformers' registry calls it.
 
     Args:
         self: The experts module: `gate_up_proj` (experts, 2 * width, hidden) and `down_proj` (experts, hidden, width),
             or another layout that transformers' `use_experts_implementation` describes.
-        hidden_states: (tokens, hidden).
-        top_k_index: (tokens, k), the experts of each token.
-        top_k_weights: (tokens, k), the weights of their outputs.
+        hidden_states: Inputs, (tokens, hidden).
+        top_k_index: Experts of each token, (tokens, k).
+        top_k_weights: Weights of their outputs, (tokens, k).
 
     Returns:
-        (tokens, hidden) in the dtype of `hidden_states`; the sum is a float32 one at least.
+        Weighted sums, (tokens, hidden), in the dtype of `hidden_states`; summed in float32 at least.
     """
     if getattr(self, "_is_expert_parallel", False) or hidden_states.device.type != "cpu":
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
-    # Weights may be computed (adapters, parametrizations), and parameters be those of a norm.
+    # Both, since weights may be computed (adapters, parametrizations), and norms have parameters too.
     tensors = (hidden_states, top_k_weights, *_projections(self), *self.parameters())
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _forward_for_backward(self, hidden_states, top_k_index, top_k_weights)
     dtype = _product_dtype(self, hidden_states)
-    # Rounding float32 states is what transformers does, too, where they meet weights of less.
-    fastest = fastest_arithmetic(
-        hidden_states.device, self.down_proj.dtype if dtype == torch.float32 else dtype
-    ).products
+    # Rounding float32 hidden states to weights of lower precision is what transformers does, too.
+    fastest = fastest_dtypes(hidden_states.device, self.down_proj.dtype if dtype == torch.float32 else dtype).products
     if dtype != fastest == torch.float32 and top_k_index.numel() < _ROWS_WORTH_CONVERTING * self.num_experts:
         if _suits_grouped_mm(self):
             return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
         fastest = dtype
-    return _forward(self, hidden_states, top_k_index, top_k_weights, fastest)
+    return _forward_for_inference(self, hidden_states, top_k_index, top_k_weights, fastest)
 
 
 def triton_experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The same in Triton kernels; experts that are not plain SwiGLU go to transformers' `grouped_mm`.
+    """Compute the same in Triton kernels; experts other than plain SwiGLU are left to transformers' `grouped_mm`.
 
     Raises:
-        RuntimeError: where the kernels cannot run: without Triton, or without an NVIDIA GPU of capability 8.0 or more.
+        RuntimeError: if there is no Triton, or no NVIDIA GPU of capability 8.0 or more.
     """
     if not is_available(hidden_states.device):
         raise RuntimeError(
-            f"experts_implementation={TRITON_NAME!r} needs Triton and an NVIDIA GPU (capability 8.0 or more), but the "
-            f"model is on {hidden_states.device}: use {NAME!r} there."
+            f"experts_implementation={TRITON_IMPLEMENTATION!r} needs Triton and an NVIDIA GPU (capability 8.0 or "
+            f"more), but the model is on {hidden_states.device}: use {EXPERTS_IMPLEMENTATION!r} there."
         )
     if not _has_triton_layout(self):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     dtype = _product_dtype(self, hidden_states)
-    inputs, first, second = (each.to(dtype) for each in (hidden_states, self.gate_up_proj, self.down_proj))
+    inputs, first, second = (tensor.to(dtype) for tensor in (hidden_states, self.gate_up_proj, self.down_proj))
     tensors = (inputs, first, second, top_k_index, top_k_weights)
-    # Parameters count as needing gradients within a Function, under no_grad too.
+    # Within a Function, parameters count as needing gradients even under no_grad.
     output = _TritonExperts.apply(*tensors) if torch.is_grad_enabled() else experts_forward(*tensors)[0]
     return output.to(hidden_states.dtype)
 
 
-ALL_EXPERTS_FUNCTIONS.register(NAME, querit_experts_forward)
-ALL_EXPERTS_FUNCTIONS.register(TRITON_NAME, triton_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, querit_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(TRITON_IMPLEMENTATION, triton_experts_forward)
 
 
 class Group(NamedTuple):
-    """Experts computed at once: `slots` says which of all slots are theirs, `rows` slots to each."""
+    """Experts that are computed at once.
+
+    Args:
+        experts: Indices of the experts.
+        rows: Number of slots of each expert.
+        slots: Slots of the group among all slots.
+    """
 
     experts: list[int]
     rows: int
@@ -109,9 +135,12 @@ class Group(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Tokens sorted by expert: `source` (slots,) is the token in each slot, `slots` (tokens, k) where copies went.
+    """Tokens sorted by expert into slots.
 
-    A slot that only fills up its group holds token 0, and nobody reads its output.
+    Args:
+        groups: Groups of experts, in the order of their slots.
+        source: Token in each slot, (slots,); token 0 in slots that only pad their group, whose output is not used.
+        slots: Slot of each of a token's k copies, (tokens, k).
     """
 
     groups: list[Group]
@@ -119,19 +148,22 @@ class Routing(NamedTuple):
     slots: Tensor
 
 
-def route(top_k_index: Tensor, num_experts: int, neighbours: bool) -> Routing:
-    """Sort (tokens, k) expert indices by expert, always in the same order, and put the experts into groups.
+def group_by_expert(top_k_index: Tensor, num_experts: int, neighbours: bool) -> Routing:
+    """Sort tokens by expert, stably, and put the experts into groups.
 
-    With `neighbours`, the weights of a group are one slice of the layer's. Without, its experts are those whose numbers
-    of tokens are closest, which leaves next to nothing to fill up.
+    Args:
+        top_k_index: Experts of each token, (tokens, k).
+        num_experts: Number of experts in the layer.
+        neighbours: Whether the experts of a group are consecutive, so that their weights are one slice of the layer's.
+            Otherwise they are those with the closest numbers of tokens, which leaves little padding.
     """
     tokens, k = top_k_index.shape
     by_expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
     counts = torch.bincount(by_expert, minlength=num_experts)
     groups = list(_groups(counts.tolist(), neighbours))
     first_slot = torch.zeros(num_experts, dtype=torch.long)
-    for experts, rows, slots in groups:
-        first_slot[experts] = torch.arange(slots.start, slots.stop, rows)
+    for group in groups:
+        first_slot[group.experts] = torch.arange(group.slots.start, group.slots.stop, group.rows)
     slot = torch.arange(len(order)) + (first_slot - counts.cumsum(0) + counts)[by_expert]
     source = torch.zeros(groups[-1].slots.stop if groups else 0, dtype=torch.long)
     source[slot] = order // k
@@ -160,7 +192,7 @@ def _fit(experts: list[int], counts: list[int], neighbours: bool) -> bool:
     return (
         len(experts) <= min(torch.get_num_threads(), _MAX_GROUP)
         and (not neighbours or experts[-1] - experts[0] < len(experts))
-        # A few rows are free: a product of 3 rows takes as long as one of 8.
+        # A few rows are free: a product of 3 rows takes as long as one of 8 rows.
         and max(rows) * len(rows) <= _MAX_PADDING * sum(rows) + 8
     )
 
@@ -169,7 +201,9 @@ class _TritonExperts(torch.autograd.Function):
     """The Triton kernels as one differentiable operation."""
 
     @staticmethod
-    def forward(ctx, hidden_states, gate_up, down, top_k_index, top_k_weights):
+    def forward(
+        ctx: Any, hidden_states: Tensor, gate_up: Tensor, down: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
         tensors = (hidden_states, gate_up, down, top_k_index, top_k_weights)
         output, saved = experts_forward(*tensors, for_backward=any(ctx.needs_input_grad))
         ctx.save_for_backward(*tensors, *saved)
@@ -177,18 +211,27 @@ class _TritonExperts(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        tensors, saved = ctx.saved_tensors[:5], Saved(*ctx.saved_tensors[5:])
-        *needs, _, of_weights = ctx.needs_input_grad
-        *grads, grad_weights = experts_backward(grad_output, saved, *tensors, needs=(*needs, of_weights))
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_states, gate_up, down, top_k_index, top_k_weights, *saved = ctx.saved_tensors
+        *needs, _, needs_weights = ctx.needs_input_grad
+        *grads, grad_weights = experts_backward(
+            grad_output,
+            Saved(*saved),
+            hidden_states,
+            gate_up,
+            down,
+            top_k_index,
+            top_k_weights,
+            needs=(*needs, needs_weights),
+        )
         return *grads, None, grad_weights
 
 
-def _has_triton_layout(self: nn.Module) -> bool:
-    """SwiGLU experts as the kernels know them: gate above up, no bias, no norm, on this device all of them."""
+def _has_triton_layout(self: ExpertsModule) -> bool:
+    """Whether the experts are SwiGLU as the kernels expect: gate above up, no bias, no norm, all on this device."""
     return (
         self.has_gate
-        and type(self)._apply_gate is _default_apply_gate
+        and getattr(type(self), "_apply_gate", None) is _default_apply_gate
         and isinstance(self.act_fn, nn.SiLU | type(ACT2FN["silu"]))
         and not self.has_bias
         and not self.is_transposed
@@ -197,52 +240,54 @@ def _has_triton_layout(self: nn.Module) -> bool:
     )
 
 
-def _forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dtype: torch.dtype
+def _forward_for_inference(
+    self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """In `dtype`, without gradients: converted weights and outputs go to buffers that are kept from call to call."""
+    """Compute in `dtype` without gradients; converted weights and outputs use buffers that are kept between calls."""
     first, second = _projections(self)
     converts = first.dtype != dtype
-    routing = route(top_k_index, self.num_experts, neighbours=not converts)
+    routing = group_by_expert(top_k_index, self.num_experts, neighbours=not converts)
     inputs = hidden_states.to(dtype)
     outputs = _buffer(
         "outputs", (len(routing.source), hidden_states.shape[-1]), torch.promote_types(dtype, torch.float32)
     )
     with torch.autocast("cpu", enabled=False):
         for group in routing.groups:
-            weights = [
-                _converted(each, group.experts, dtype, name) if converts else each[_as_slice(group.experts)]
-                for each, name in ((first, "first"), (second, "second"))
-            ]
-            _compute(self, inputs.index_select(0, routing.source[group.slots]), *weights, group, outputs[group.slots])
+            group_first, group_second = (
+                _converted(weight, group.experts, dtype, name) if converts else weight[_as_slice(group.experts)]
+                for weight, name in ((first, "first"), (second, "second"))
+            )
+            group_inputs = inputs.index_select(0, routing.source[group.slots])
+            _compute(self, group_inputs, group_first, group_second, group, outputs[group.slots])
     result = torch.empty(hidden_states.shape, dtype=hidden_states.dtype)
-    by_tokens = (each.split(_TOKENS_PER_SUM) for each in (result, routing.slots, top_k_weights))
-    for some, slots, weights in zip(*by_tokens, strict=True):
-        some.copy_(_weighted_sum(outputs, slots, weights))
+    chunks = (tensor.split(_TOKENS_PER_SUM) for tensor in (result, routing.slots, top_k_weights))
+    for result_chunk, slots, weights in zip(*chunks, strict=True):
+        result_chunk.copy_(_weighted_sum(outputs, slots, weights))
     return result
 
 
-def _forward_for_backward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The same for autograd: nothing is reused, and only what differs in dtype is converted."""
+def _forward_for_backward(
+    self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Compute for a backward pass: no buffers are reused, and only what differs in dtype is converted."""
     dtype = _product_dtype(self, hidden_states)
-    routing = route(top_k_index, self.num_experts, neighbours=True)
+    routing = group_by_expert(top_k_index, self.num_experts, neighbours=True)
     inputs = hidden_states.to(dtype)
-    # One split, since the gradient of a slice is as large as what it was cut from.
+    # One split instead of slices: the gradient of a slice is as large as the whole tensor.
     sizes = _sizes([_as_slice(group.experts) for group in routing.groups], self.num_experts)
-    weights = (each.split(sizes)[1::2] for each in _projections(self))
+    weights = (projection.split(sizes)[1::2] for projection in _projections(self))
     outputs = [
         _compute(self, inputs.index_select(0, routing.source[group.slots]), first.to(dtype), second.to(dtype), group)
         for group, first, second in zip(routing.groups, *weights, strict=True)
     ]
     if not outputs:
         return torch.zeros_like(hidden_states)
-    outputs = torch.cat(outputs)
-    wide = torch.promote_types(outputs.dtype, torch.float32)
-    return _weighted_sum(outputs.to(wide), routing.slots, top_k_weights).to(hidden_states.dtype)
+    wide = torch.promote_types(outputs[0].dtype, torch.float32)
+    return _weighted_sum(torch.cat(outputs).to(wide), routing.slots, top_k_weights).to(hidden_states.dtype)
 
 
 def _compute(
-    self: nn.Module, inputs: Tensor, first: Tensor, second: Tensor, group: Group, out: Tensor | None = None
+    self: ExpertsModule, inputs: Tensor, first: Tensor, second: Tensor, group: Group, out: Tensor | None = None
 ) -> Tensor:
     """(slots, hidden) -> (slots, hidden) for the experts of one group, whose weights are (experts, out, in)."""
     hidden = torch.bmm(inputs.view(len(group.experts), group.rows, -1), first.transpose(1, 2))
@@ -250,7 +295,7 @@ def _compute(
         bias = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias
         hidden = hidden + bias[group.experts].unsqueeze(1)
     hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-    # A bias may have widened it.
+    # A bias may have widened the dtype.
     hidden = hidden.to(second.dtype)
     has_norm = getattr(self, "has_post_expert_norm", False)
     if out is not None and out.dtype == hidden.dtype and not self.has_bias and not has_norm:
@@ -264,32 +309,32 @@ def _compute(
 
 
 def _weighted_sum(outputs: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """`sum_j weights[t, j] * outputs[slots[t, j]]`, in the order of j."""
-    parts = outputs.index_select(0, slots.flatten()).view(*slots.shape, outputs.shape[-1])
+    """`sum_j weights[t, j] * outputs[slots[t, j]]`, in the order of j: (tokens, hidden)."""
+    parts = outputs.index_select(0, slots.flatten()).view(*slots.shape, outputs.shape[-1])  # (tokens, k, hidden)
     return (parts * weights.unsqueeze(-1)).sum(1)
 
 
-def _projections(self: nn.Module) -> tuple[Tensor, Tensor]:
-    """Both weights of every expert as (experts, out, in)."""
+def _projections(self: ExpertsModule) -> tuple[Tensor, Tensor]:
+    """Both weights of every expert, (experts, out, in) each."""
     first = self.gate_up_proj if self.has_gate else self.up_proj
     second = self.down_proj
     return (first.transpose(1, 2), second.transpose(1, 2)) if self.is_transposed else (first, second)
 
 
-def _product_dtype(self: nn.Module, hidden_states: Tensor) -> torch.dtype:
+def _product_dtype(self: ExpertsModule, hidden_states: Tensor) -> torch.dtype:
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return torch.promote_types(hidden_states.dtype, self.down_proj.dtype)
 
 
-def _suits_grouped_mm(self: nn.Module) -> bool:
-    """Whether every row of the weights begins at a multiple of 16 bytes."""
-    return all(size * each.element_size() % 16 == 0 for each in _projections(self) for size in each.shape[1:])
+def _suits_grouped_mm(self: ExpertsModule) -> bool:
+    """Whether every row of the weights starts at a multiple of 16 bytes, as `grouped_mm` needs it."""
+    return all(size * weight.element_size() % 16 == 0 for weight in _projections(self) for size in weight.shape[1:])
 
 
 def _converted(weights: Tensor, experts: list[int], dtype: torch.dtype, name: str) -> Tensor:
-    """The weights of some experts, (experts, out, in), in another dtype."""
+    """The weights of these experts, (experts, out, in), in another dtype."""
     buffer = _buffer(name, (len(experts), *weights.shape[1:]), dtype)
     for place, expert in enumerate(experts):
         buffer[place].copy_(weights[expert])
@@ -302,7 +347,7 @@ def _as_slice(neighbours: list[int]) -> slice:
 
 def _sizes(slices: list[slice], total: int) -> list[int]:
     """Sizes of slices and of the gaps before, between and after them: gap, slice, gap, slice, ..., gap."""
-    edges = [0, *(edge for each in slices for edge in (each.start, each.stop)), total]
+    edges = [0, *(edge for piece in slices for edge in (piece.start, piece.stop)), total]
     return [end - start for start, end in itertools.pairwise(edges)]
 
 
@@ -310,12 +355,12 @@ _buffers = local()
 
 
 def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory that this thread gets again when it asks again: fresh memory costs a page fault a page."""
+    """Uninitialised memory that this thread reuses: fresh memory costs a page fault per page."""
     size = torch.Size(shape).numel()
     key = f"{name}_{dtype}"
     buffer = getattr(_buffers, key, None)
     if buffer is None or buffer.numel() < size:
-        # Not an inference tensor, which only inference mode could write to again.
+        # Not an inference tensor, which could only be written to in inference mode.
         with torch.inference_mode(False):
             buffer = torch.empty(size, dtype=dtype)
         setattr(_buffers, key, buffer)

@@ -24,19 +24,30 @@ except ImportError:
     triton = tl = None
 
     def jit(function):
-        """Leave the kernels below plain functions, which nobody calls."""
+        """Leave the kernels below as plain functions, which are never called."""
         return function
 
 
-# So many row tiles in a row share a tile of the weights, which then comes from the L2 cache.
+# Number of consecutive row tiles that share a tile of the weights, which then comes from the L2 cache.
 GROUP = 8
+# Number of assignments that a routing program reads at once.
 ROUTING_BLOCK = 4096
+# Maximum number of columns that an elementwise program computes at once.
 ROW_BLOCK = 1024
+# Bytes of shared memory for one program.
 H100_SHARED_MEMORY = 227 * 1024
 
 
 class Blocks(NamedTuple):
-    """Tile of a matrix product: `m` rows, `n` accumulators per row, `k` deep; and how a program runs it."""
+    """Tile of a matrix product, and how a program computes it.
+
+    Args:
+        m: Rows of the tile.
+        n: Accumulators per row.
+        k: Depth of a step.
+        warps: Warps of the program.
+        stages: Stages of its software pipeline.
+    """
 
     m: int
     n: int
@@ -49,7 +60,7 @@ class Saved(NamedTuple):
     """What `experts_backward` needs of the forward pass; tensors only, as `save_for_backward` takes them.
 
     Args:
-        slots: Assignments in sorted, padded order, -1 where padding is; int32.
+        slots: Assignments in sorted, padded order, -1 for padding; int32.
         starts: First slot of each expert's group, then the end of the last group, shape (E + 1,), int32.
         tile_experts: Expert of each tile of slots, int32; undefined past the last group.
         pre_activations: Gate and up of each assignment, shape (T * k, 2I); None after a forward pass for inference.
@@ -62,7 +73,7 @@ class Saved(NamedTuple):
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether the kernels run there: Triton is installed, and the device is a GPU it supports or it interprets."""
+    """Whether the kernels run on a device: Triton is installed, and supports the GPU or interprets the kernels."""
     if triton is None:
         return False
     if not isinstance(_combine, triton.JITFunction):
@@ -71,10 +82,15 @@ def is_available(device: torch.device) -> bool:
 
 
 def choose_blocks(rows_per_expert: float, dtype: torch.dtype, shared_memory: int = H100_SHARED_MEMORY) -> Blocks:
-    """Tiles for experts with so many rows on average, on a GPU with so many bytes of shared memory for a program.
+    """Choose the tiles of a matrix product.
 
-    Few rows are bound by reading weights: small tiles waste little on padding. Many rows are bound by arithmetic and
-    get the tile that fills an H100's registers. In float32, without tensor cores, tiles stay small.
+    With few rows, reading the weights is the bottleneck, and small tiles waste little on padding. With many rows,
+    arithmetic is, and the tile fills the registers of an H100. In float32, without tensor cores, tiles stay small.
+
+    Args:
+        rows_per_expert: Mean number of rows per expert.
+        dtype: Data type of the factors.
+        shared_memory: Bytes of shared memory for one program.
 
     Example:
         ```python
@@ -93,13 +109,13 @@ def choose_blocks(rows_per_expert: float, dtype: torch.dtype, shared_memory: int
 
 @jit
 def _count(index, counts, length, BLOCK: tl.constexpr):
-    """How often an expert, one per program, was chosen."""
+    """Count the assignments of an expert, one expert per program."""
     expert = tl.program_id(0)
-    found = tl.zeros([BLOCK], tl.int32)
+    count = tl.zeros([BLOCK], tl.int32)
     for first in range(0, length, BLOCK):
         assignments = first + tl.arange(0, BLOCK)
-        found += (tl.load(index + assignments, mask=assignments < length, other=-1) == expert).to(tl.int32)
-    tl.store(counts + expert, tl.sum(found, 0))
+        count += (tl.load(index + assignments, mask=assignments < length, other=-1) == expert).to(tl.int32)
+    tl.store(counts + expert, tl.sum(count, 0))
 
 
 @jit
@@ -107,7 +123,7 @@ def _place(
     index, counts, slots, starts, tile_experts, length,
     EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The group of an expert, one per program: its bounds, its tiles, its assignments in their order."""
+    """Write bounds, tiles and assignments of an expert's group, in order, one expert per program."""
     expert = tl.program_id(0)
     experts = tl.arange(0, BLOCK_EXPERTS)
     tiles = tl.cdiv(tl.load(counts + experts, mask=experts < EXPERTS, other=0), BLOCK_M)
@@ -120,17 +136,17 @@ def _place(
     end = first_tile * BLOCK_M
     for first in range(0, length, BLOCK):
         assignments = first + tl.arange(0, BLOCK)
-        mine = tl.load(index + assignments, mask=assignments < length, other=-1) == expert
-        count = tl.cumsum(mine.to(tl.int32), 0)
-        tl.store(slots + end + count - 1, assignments, mask=mine)
-        end += tl.sum(mine.to(tl.int32), 0)
+        is_chosen = tl.load(index + assignments, mask=assignments < length, other=-1) == expert
+        count = tl.cumsum(is_chosen.to(tl.int32), 0)
+        tl.store(slots + end + count - 1, assignments, mask=is_chosen)
+        end += tl.sum(is_chosen.to(tl.int32), 0)
 
 
 @jit
 def _tile(
     row_tiles, column_tiles, slots, tile_experts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Expert, assignments and columns of a program; in 64 bits what is to be multiplied by long rows."""
+    """Expert, assignments and columns of a program; in 64 bits where they are multiplied by the length of a row."""
     pid = tl.program_id(0)
     row, column = tl.swizzle2d(pid // column_tiles, pid % column_tiles, row_tiles, column_tiles, GROUP)
     rows = tl.load(slots + row * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -143,7 +159,7 @@ def _swiglu(
     HIDDEN: tl.constexpr, INNER: tl.constexpr, CHOICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """activations[row] = silu(x[token] @ gate^T) * (x[token] @ up^T); the two products too, if asked for."""
+    """activations[row] = silu(x[token] @ gate^T) * (x[token] @ up^T); also writes both products if asked to."""
     row_tiles, column_tiles = tl.load(starts + EXPERTS) // BLOCK_M, tl.cdiv(INNER, BLOCK_N)
     if tl.program_id(0) >= row_tiles * column_tiles:
         return
@@ -174,7 +190,10 @@ def _swiglu(
 def _swiglu_backward(
     grad, pre_activations, weights, grad_pre, weighted, grad_weights, INNER: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Gradients before SwiGLU and of the weight from that of one assignment's activations, unweighted as yet."""
+    """Backward pass of SwiGLU for one assignment: gradients of its pre-activations and of its router weight.
+
+    `grad` is the gradient of the activations, not yet multiplied by the router weight.
+    """
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + row).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -263,7 +282,7 @@ def _combine(rows, weights, out, HIDDEN: tl.constexpr, CHOICES: tl.constexpr, BL
     tl.store(out + token * HIDDEN + columns, total.to(out.dtype.element_ty), mask=columns < HIDDEN)
 
 
-def route(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Saved:
+def sort_by_expert(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Saved:
     """Sort assignments by expert, stably, each expert's group padded to a multiple of `block_m` slots.
 
     Args:
@@ -272,7 +291,7 @@ def route(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Saved:
         block_m: Rows of a tile.
 
     Returns:
-        `Saved` without pre-activations; it has slots for the worst routing, so that the device need not be asked.
+        `Saved` without pre-activations; with slots for the worst routing, so that the host need not wait for a count.
     """
     index, length = top_k_index.contiguous(), top_k_index.numel()
     tiles = triton.cdiv(length + num_experts * (block_m - 1), block_m)
@@ -298,21 +317,21 @@ def experts_forward(
     *,
     for_backward: bool = False,
 ) -> tuple[torch.Tensor, Saved]:
-    """Weighted sum of the experts of each token, `down(silu(gate(x)) * up(x))` each.
+    """Compute the weighted sum of the experts of each token, `down(silu(gate(x)) * up(x))` each.
 
     Args:
-        hidden_states: Shape (T, H); float32, float16 or bfloat16.
+        hidden_states: Inputs, shape (T, H); float32, float16 or bfloat16.
         gate_up: Gate rows, then up rows, of each expert, shape (E, 2I, H), in the same dtype.
-        down: Shape (E, H, I), in the same dtype.
+        down: Down weights of each expert, shape (E, H, I), in the same dtype.
         top_k_index: Experts of each token, shape (T, k), integers in [0, E); this is not checked.
         top_k_weights: Their weights, shape (T, k), any floating dtype; computed with in float32.
-        for_backward: Whether to keep what `experts_backward` needs.
+        for_backward: Whether to save the pre-activations for `experts_backward`.
 
     Returns:
-        The output, shape (T, H), in the dtype of `hidden_states`; and what to give to `experts_backward`.
+        The output, shape (T, H), in the dtype of `hidden_states`; and the tensors that `experts_backward` needs.
 
     Raises:
-        ValueError: if shapes or dtypes do not fit each other.
+        ValueError: if shapes or dtypes do not match.
 
     Example:
         ```python
@@ -324,7 +343,7 @@ def experts_forward(
     x, gate_up, down, weights = _checked(hidden_states, gate_up, down, top_k_index, top_k_weights)
     (num_experts, hidden, inner), (tokens, choices) = down.shape, top_k_index.shape
     blocks = _blocks(x, tokens * choices / num_experts)
-    saved = route(top_k_index, num_experts, blocks.m)
+    saved = sort_by_expert(top_k_index, num_experts, blocks.m)
     activations = x.new_empty(tokens * choices, inner)
     if for_backward:
         saved = saved._replace(pre_activations=x.new_empty(tokens * choices, 2 * inner))
@@ -351,24 +370,24 @@ def experts_backward(
 
     Args:
         grad_output: Gradient of the output, shape (T, H).
-        saved: What the forward pass returned; `Saved(*tensors)` where it was taken apart.
-        hidden_states: As given to `experts_forward`, like the next four.
-        gate_up: Shape (E, 2I, H).
-        down: Shape (E, H, I).
-        top_k_index: Shape (T, k).
-        top_k_weights: Shape (T, k).
+        saved: Tensors that the forward pass returned; `Saved(*tensors)` if they were unpacked.
+        hidden_states: Inputs as in `experts_forward`, shape (T, H).
+        gate_up: Gate and up weights as in `experts_forward`, shape (E, 2I, H).
+        down: Down weights as in `experts_forward`, shape (E, H, I).
+        top_k_index: Experts of each token, shape (T, k).
+        top_k_weights: Their weights, shape (T, k).
         needs: Which of the four gradients to compute.
 
     Returns:
-        Gradients of hidden_states, gate_up, down and top_k_weights, in their shapes and dtypes; None where not needed.
+        Gradients of hidden_states, gate_up, down and top_k_weights, in their shapes and dtypes; None if not needed.
         Experts without tokens get zeros.
 
     Raises:
-        ValueError: if shapes or dtypes do not fit each other, or the forward pass was not `for_backward`.
+        ValueError: if shapes or dtypes do not match, or the forward pass was not `for_backward`.
     """
     x, gate_up, down, weights = _checked(hidden_states, gate_up, down, top_k_index, top_k_weights)
     if saved.pre_activations is None:
-        raise ValueError("The forward pass kept nothing for a backward pass: call it with for_backward=True.")
+        raise ValueError("The forward pass saved nothing for a backward pass: call it with for_backward=True.")
     if not any(needs):
         return None, None, None, None
     grad_output = grad_output.to(x.dtype).contiguous()
@@ -377,7 +396,7 @@ def experts_backward(
     grad_pre = torch.empty_like(saved.pre_activations) if needs[0] or needs[1] else None
     grad_weights = torch.empty_like(weights) if needs[3] else None
     with torch.cuda.device_of(x):
-        # Without the router's weights as yet: they are a factor per row, which can wait for float32.
+        # Not yet multiplied by the router's weights: a factor per row, which is applied in float32 later.
         grad = _grouped_matmul(grad_output, choices, down, saved, blocks)
         weighted = torch.empty_like(grad) if needs[2] else None
         _swiglu_backward[(tokens * choices,)](
@@ -385,17 +404,23 @@ def experts_backward(
             INNER=inner, BLOCK=_row_block(inner),
         )  # fmt: skip
         grad_hidden = grad_gate_up = grad_down = None
-        if needs[0]:
+        if needs[0] and grad_pre is not None:
             grad_hidden = _sum_choices(_grouped_matmul(grad_pre, 1, gate_up, saved, blocks), None, choices)
-        if needs[1]:
+        if needs[1] and grad_pre is not None:
             grad_gate_up = _grouped_outer(grad_pre, 1, x, choices, saved)
-        if needs[2]:
+        if weighted is not None:
             grad_down = _grouped_outer(grad_output, choices, weighted, 1, saved)
     return grad_hidden, grad_gate_up, grad_down, grad_weights
 
 
-def _checked(hidden_states, gate_up, down, top_k_index, top_k_weights) -> tuple[torch.Tensor, ...]:
-    given = (hidden_states, gate_up, down, top_k_index, top_k_weights)
+def _checked(
+    hidden_states: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    tensors = (hidden_states, gate_up, down, top_k_index, top_k_weights)
     if not (
         down.ndim == 3
         and top_k_index.ndim == 2
@@ -403,19 +428,19 @@ def _checked(hidden_states, gate_up, down, top_k_index, top_k_weights) -> tuple[
         and gate_up.shape == (len(down), 2 * down.shape[2], down.shape[1])
         and hidden_states.shape == (len(top_k_index), down.shape[1])
     ):
-        shapes = ", ".join(str(tuple(each.shape)) for each in given)
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         raise ValueError(f"The shapes are {shapes}: give (T, H), (E, 2I, H), (E, H, I), (T, k) and (T, k).")
-    dtypes = [each.dtype for each in given[:3]]
+    dtypes = [tensor.dtype for tensor in tensors[:3]]
     if len(set(dtypes)) > 1 or dtypes[0] not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"The dtypes are {dtypes}: give one of float32, float16 and bfloat16.")
-    return tuple(each.contiguous() for each in (hidden_states, gate_up, down, top_k_weights))
+    return tuple(tensor.contiguous() for tensor in (hidden_states, gate_up, down, top_k_weights))
 
 
 def _blocks(x: torch.Tensor, rows_per_expert: float) -> Blocks:
     if x.device.type != "cuda":
         return choose_blocks(rows_per_expert, x.dtype)
     properties = torch.cuda.get_device_properties(x.device)
-    # AMD's have no such property, and 64 KiB.
+    # AMD GPUs lack this property, and have 64 KiB.
     return choose_blocks(rows_per_expert, x.dtype, getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
 
 
@@ -431,7 +456,7 @@ def _row_block(columns: int) -> int:
 
 
 def _grouped_matmul(a: torch.Tensor, a_choices: int, b: torch.Tensor, saved: Saved, blocks: Blocks) -> torch.Tensor:
-    """Rows (T * k, K), or (T, K) where `a_choices` is k, times the matrices (E, K, N) of the assignments' experts."""
+    """Multiply rows (T * k, K), or (T, K) if `a_choices` is k, by the matrices (E, K, N) of their experts."""
     num_experts, depth, columns = b.shape
     out = a.new_empty(len(a) * a_choices, columns)
     _launch(
@@ -442,10 +467,10 @@ def _grouped_matmul(a: torch.Tensor, a_choices: int, b: torch.Tensor, saved: Sav
 
 
 def _grouped_outer(a: torch.Tensor, a_choices: int, b: torch.Tensor, b_choices: int, saved: Saved) -> torch.Tensor:
-    """a^T @ b over the assignments of each expert; rows are of assignments, or of tokens where choices are k."""
+    """a^T @ b over the assignments of each expert; rows belong to assignments, or to tokens if choices are k."""
     num_experts, rows, columns = len(saved.starts) - 1, a.shape[1], b.shape[1]
     blocks = _blocks(a, math.inf)
-    # Assignments are loaded a stage ahead of their rows: it takes two stages more for each further buffer of rows.
+    # Assignments are loaded a stage ahead of their rows, so each further buffer of rows takes two more stages.
     blocks = blocks._replace(stages=2 * blocks.stages - 1)
     out = a.new_empty(num_experts, rows, columns)
     _launch(
@@ -456,7 +481,7 @@ def _grouped_outer(a: torch.Tensor, a_choices: int, b: torch.Tensor, b_choices: 
 
 
 def _sum_choices(rows: torch.Tensor, weights: torch.Tensor | None, choices: int) -> torch.Tensor:
-    """Rows (T * k, H) of the assignments, weighted or not, summed to (T, H)."""
+    """Sum the rows of the assignments, (T * k, H), weighted or not, to (T, H)."""
     tokens, hidden = len(rows) // choices, rows.shape[1]
     block = _row_block(hidden)
     out = rows.new_empty(tokens, hidden)

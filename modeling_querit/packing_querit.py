@@ -1,4 +1,4 @@
-"""How the engine lays out tokenized pairs: end to end in one row, without padding, what they begin with only once."""
+"""Packs: tokenized pairs in one row without padding, with the prefix that they share computed once."""
 
 from __future__ import annotations
 
@@ -6,30 +6,36 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-_NOTHING = slice(0, 0)
+import torch
+
+_EMPTY = slice(0, 0)
 
 
-class Text(NamedTuple):
-    """A run of tokens: each attends to the prefix that the run continues, to those before it in the run, to itself.
+class Segment(NamedTuple):
+    """Consecutive tokens of a pack: a shared prefix, a whole pair, or the rest of a pair whose prefix is shared.
+
+    With causal attention a token attends to the segment's prefix, to the tokens before it in the segment and to itself;
+    with attention in both directions, where nothing can be shared, to all tokens of the segment.
 
     Args:
-        rows: Of the run in its pack.
-        prefix: Of its prefix among the pack's keys: carried ones first, then one a row.
-        is_read: Whether a pair ends here, so that its last row is scored.
+        rows: Rows of the segment in its pack.
+        prefix: Keys of the prefix that the segment continues, among the pack's keys: the carried ones come first, then
+            one for each row.
+        is_scored: Whether a pair ends here, so that the last row of the segment is scored.
     """
 
     rows: slice
     prefix: slice
-    is_read: bool
+    is_scored: bool
 
     @property
     def length(self) -> int:
-        """Tokens of the run itself."""
+        """Number of tokens in the segment itself."""
         return self.rows.stop - self.rows.start
 
     @property
     def prefix_length(self) -> int:
-        """Tokens it continues."""
+        """Number of tokens in the prefix that it continues."""
         return self.prefix.stop - self.prefix.start
 
 
@@ -38,44 +44,55 @@ class Pack:
     """The tokens of one forward pass, in one row of shape (1, tokens).
 
     Args:
-        carried: Keys at the front that come from the pack before: its `keeps`.
-        input_ids, position_ids: As models take them; positions count from the start of each pair.
-        texts: The runs that the row consists of, in order.
-        pairs: Which pair each read text ends.
-        keeps: Keys that the next pack goes on using: the prefix of pairs that did not all fit here.
+        carried_length: Number of keys at the front that come from the pack before, as its `carry_over`.
+        input_ids: Token ids of the row.
+        position_ids: Position of each token, counted from the start of its pair.
+        segments: Segments that the row consists of, in order.
+        pairs: Indices of the pairs that the scored segments end, in order.
+        carry_over: Keys that the next pack reuses: the prefix of pairs that did not all fit into this one.
     """
 
-    carried: int = 0
+    carried_length: int = 0
     input_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)
-    texts: list[Text] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
     pairs: list[int] = field(default_factory=list)
-    keeps: slice = field(default_factory=lambda: _NOTHING)
+    carry_over: slice = field(default_factory=lambda: _EMPTY)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
-    def read_rows(self) -> list[int]:
+    def scored_rows(self) -> list[int]:
         """The last row of each pair, in the order of `pairs`."""
-        return [text.rows.stop - 1 for text in self.texts if text.is_read]
+        return [segment.rows.stop - 1 for segment in self.segments if segment.is_scored]
+
+    @property
+    def has_shared_prefix(self) -> bool:
+        """Whether a segment continues another one, or will in the next pack."""
+        return self.carry_over.stop > 0 or any(segment.prefix_length for segment in self.segments)
 
     def add_prefix(self, ids: Sequence[int]) -> slice:
-        """Append what several pairs begin with; returns its keys."""
-        rows = self._add(ids, _NOTHING, is_read=False)
-        return slice(rows.start + self.carried, rows.stop + self.carried)
+        """Append a prefix that several pairs share; returns its keys."""
+        rows = self._add(ids, _EMPTY, is_scored=False)
+        return slice(rows.start + self.carried_length, rows.stop + self.carried_length)
 
     def add_pair(self, pair: int, ids: Sequence[int], prefix: slice) -> None:
         """Append the rest of a pair, behind the prefix with these keys."""
-        self._add(ids, prefix, is_read=True)
+        self._add(ids, prefix, is_scored=True)
         self.pairs.append(pair)
 
-    def _add(self, ids: Sequence[int], prefix: slice, is_read: bool) -> slice:
+    def to_tensors(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        """`input_ids` and `position_ids` as models take them, (1, tokens) each."""
+        rows = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        return {name: torch.tensor([values], device=device) for name, values in rows.items()}
+
+    def _add(self, ids: Sequence[int], prefix: slice, is_scored: bool) -> slice:
         rows = slice(len(self), len(self) + len(ids))
-        text = Text(rows, prefix, is_read)
+        segment = Segment(rows, prefix, is_scored)
         self.input_ids.extend(ids)
-        self.position_ids.extend(range(text.prefix_length, text.prefix_length + text.length))
-        self.texts.append(text)
+        self.position_ids.extend(range(segment.prefix_length, segment.prefix_length + segment.length))
+        self.segments.append(segment)
         return rows
 
 
@@ -86,9 +103,13 @@ def plan_packs(
 
     Args:
         input_ids: Token ids of every pair.
-        groups: Pairs (as indices of `input_ids`) that may begin alike: those of one query.
-        batch_tokens: Tokens of a forward pass.
-        share_prefix: Whether what all pairs of a group begin with is computed only once.
+        groups: Indices of the pairs that may share a prefix, one sequence for each group: those of one query.
+        batch_tokens: Maximum number of tokens in a pack.
+        share_prefix: Whether the prefix that all pairs of a group have in common is computed only once; needs a
+            backbone with causal attention.
+
+    Yields:
+        The packs in the order of `groups`; each continues where the one before ended.
 
     Example:
         ```python
@@ -105,22 +126,22 @@ def plan_packs(
             needed = len(rest) + (len(shared) if prefix is None else 0)
             if pack and len(pack) + needed > batch_tokens:
                 if prefix is not None:
-                    pack.keeps, prefix = prefix, slice(0, len(shared))
+                    pack.carry_over, prefix = prefix, slice(0, len(shared))
                 yield pack
-                pack = Pack(carried=len(shared) if prefix is not None else 0)
+                pack = Pack(carried_length=len(shared) if prefix is not None else 0)
             if prefix is None:
-                prefix = pack.add_prefix(shared) if shared else _NOTHING
+                prefix = pack.add_prefix(shared) if shared else _EMPTY
             pack.add_pair(pair, rest, prefix)
     if pack:
         yield pack
 
 
 def common_prefix(input_ids: Sequence[Sequence[int]]) -> list[int]:
-    """The token ids that several sequences begin with, leaving at least one to each; none for a single sequence."""
+    """The longest prefix of several sequences that leaves at least one token to each; empty for a single sequence."""
     if len(input_ids) < 2:
         return []
-    # What the smallest and the largest begin with, all that are sorted between them begin with too.
-    first, last = min(input_ids), max(input_ids)
+    # All sequences sort between the smallest and the largest, so they share whatever prefix these two share.
+    first, last = min(map(list, input_ids)), max(map(list, input_ids))
     longest = min(len(ids) for ids in input_ids) - 1
     length = next((place for place in range(longest) if first[place] != last[place]), longest)
-    return list(first[:length])
+    return first[:length]

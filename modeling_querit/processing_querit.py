@@ -19,11 +19,11 @@ from transformers import (
 
 DEFAULT_INSTRUCTION = "Judge whether the Content meets the requirements based on the Query."
 CLS_TOKEN = "[CLS]"
-# The published models read 4,096 tokens, `[CLS]` included.
+# Maximum number of tokens in a pair for the published models, `[CLS]` included.
 MAX_LENGTH = 4096
 
-# The same text for runtimes that render messages: sentence-transformers, vLLM. There is no message for a
-# default instruction to stand in, so the template carries it.
+# The same text for runtimes that render messages: sentence-transformers, vLLM. They have no default system message,
+# so the template holds the default instruction.
 CHAT_TEMPLATE = (
     "{%- set ns = namespace(instruction='" + DEFAULT_INSTRUCTION + "', query='', title='', document='') -%}"
     "{%- for message in messages -%}"
@@ -38,7 +38,10 @@ CHAT_TEMPLATE = (
     "{{- '" + CLS_TOKEN + "' -}}"
 )
 
+# A document is its text, or a mapping with "text" and perhaps "title".
 Document = str | dict[str, Any]
+# A query and a document.
+Pair = tuple[str, Document]
 
 
 class EncodedPair(NamedTuple):
@@ -46,8 +49,8 @@ class EncodedPair(NamedTuple):
 
     Args:
         input_ids: Token ids; the last is that of `[CLS]`.
-        cut_content: How many tokens of title and content were cut at the end to make the pair fit.
-        cut_query: How many tokens of the query were.
+        cut_content: Number of tokens cut at the end of the document, title and text, to make the pair fit.
+        cut_query: Number of tokens cut at the end of the query.
     """
 
     input_ids: list[int]
@@ -59,15 +62,18 @@ class QueritProcessor:
     """Turns queries and documents into model inputs, exactly as the reference does (mteb's `QueritWrapper`).
 
     The text is `"{instruction} Query: {query}; Content: {document}"`, tokenized as one string without special
-    tokens, then the id of `[CLS]`. Title and text of a document are joined by a space. Where the reference is silent
-    or wrong: a text over `max_length` loses the end of its content, then the end of its query, never anything of the
-    instruction, the words between, or `[CLS]` (the reference drops first tokens too); a special token's name typed in
-    a text (`[CLS]`, `<|im_end|>`) is text, where the reference would take it for the token itself; and a lone
-    surrogate, which is no character, becomes U+FFFD.
+    tokens, followed by the id of `[CLS]`. Title and text of a document are joined by a space. Where the reference is
+    silent or wrong:
+
+    - A pair over `max_length` loses the end of its document, then the end of its query, and never anything of the
+      instruction, the words in between or `[CLS]`; the reference drops the first tokens too.
+    - The name of a special token in a text (`[CLS]`, `<|im_end|>`) is text; the reference reads it as the token.
+    - A lone surrogate, which is no character, becomes U+FFFD.
 
     Args:
         tokenizer: A fast tokenizer with a `[CLS]` token.
-        max_length: Tokens of a pair, `[CLS]` included; by default what the tokenizer states, 4,096 at most.
+        max_length: Maximum number of tokens in a pair, `[CLS]` included; by default that of the tokenizer, but at most
+            4,096.
 
     Raises:
         ValueError: if the tokenizer is not a fast one or has no `[CLS]`.
@@ -82,20 +88,25 @@ class QueritProcessor:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None):
         if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: convert it to a tokenizer.json first.")
-        if CLS_TOKEN not in tokenizer.get_vocab():
+            raise ValueError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer: convert it to a tokenizer.json first."
+            )
+        vocabulary = tokenizer.get_vocab()
+        if CLS_TOKEN not in vocabulary:
             raise ValueError(
                 f"The tokenizer has no {CLS_TOKEN} token, where the model reads its score; "
                 "modeling_querit.from_backbone adds one to a plain decoder."
             )
         self.tokenizer = tokenizer
         self.max_length = min(tokenizer.model_max_length, MAX_LENGTH) if max_length is None else max_length
-        self.cls_token_id: int = tokenizer.convert_tokens_to_ids(CLS_TOKEN)
+        self.cls_token_id: int = vocabulary[CLS_TOKEN]
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, max_length: int | None = None, **kwargs: Any):
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], max_length: int | None = None, **kwargs: Any
+    ) -> QueritProcessor:
         """Load the tokenizer of a folder or repository; `kwargs` go to `AutoTokenizer` (`revision`, `token`, ...)."""
-        # AutoTokenizer asks the config for no more than its model_type, but would first ask to trust its code.
+        # AutoTokenizer needs only the model_type of the config, but would first ask to trust its code.
         config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path, **kwargs)
         config = SimpleNamespace(
             model_type=config_dict.get("model_type"), tokenizer_class=config_dict.get("tokenizer_class")
@@ -103,17 +114,17 @@ class QueritProcessor:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, config=config, trust_remote_code=False, **kwargs)
         return cls(tokenizer, max_length)
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write the tokenizer as other runtimes need it: `[CLS]`, left padding, chat template, nothing added itself."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the tokenizer as other runtimes need it: `[CLS]`, left padding, chat template, no added tokens."""
         self.portable_tokenizer().save_pretrained(save_directory)
 
     def portable_tokenizer(self) -> PreTrainedTokenizerFast:
-        """A copy of the tokenizer that every runtime uses alike, whatever class it was loaded as."""
+        """Copy the tokenizer into the generic class that every runtime loads alike."""
         backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         backend.encode_special_tokens = False
         backend.no_truncation()
         backend.no_padding()
-        # Some runtimes tokenize the rendered text with special tokens on: then a <bos> would slip in at the front.
+        # Some runtimes tokenize the rendered text with special tokens, which would put a <bos> in front.
         backend.post_processor = NoSpecialTokens([])
         special = {
             name: str(value)
@@ -142,9 +153,13 @@ class QueritProcessor:
         """Tokenize pairs of a query and a document, each to at most `max_length` ids.
 
         Args:
-            queries, documents: As many of one as of the other; documents are strings or `{"title", "text"}`.
-            instruction: One for all pairs, or one each; the default instruction if None.
-            max_length: In place of the processor's own.
+            queries: The query of each pair.
+            documents: The document of each pair: a string or `{"title", "text"}`.
+            instruction: One instruction for all pairs, or one for each; the default instruction if None.
+            max_length: Maximum number of tokens in a pair; by default the processor's own.
+
+        Returns:
+            The encoded pairs, in order.
 
         Raises:
             TypeError: if a query, document or instruction is not text.
@@ -159,15 +174,15 @@ class QueritProcessor:
         if not len(queries) == len(documents) == len(instructions):
             raise ValueError(
                 f"{len(queries)} queries, {len(documents)} documents and {len(instructions)} instructions: "
-                "give as many of each."
+                "give the same number of each."
             )
         prompts = [
             _Prompt(
-                _clean(DEFAULT_INSTRUCTION if one is None else one, "instruction"),
+                _clean(DEFAULT_INSTRUCTION if pair_instruction is None else pair_instruction, "instruction"),
                 _clean(query, "query"),
-                _content_of(document),
+                document_text(document),
             )
-            for one, query, document in zip(instructions, queries, documents, strict=True)
+            for pair_instruction, query, document in zip(instructions, queries, documents, strict=True)
         ]
         if not prompts:
             return []
@@ -185,12 +200,12 @@ class QueritProcessor:
         max_length: int | None = None,
         return_tensors: str | None = "pt",
     ) -> BatchEncoding:
-        """`encode`, padded on the left into one batch: `input_ids` and `attention_mask`, (batch, sequence)."""
+        """Encode pairs into one batch padded on the left: `input_ids` and `attention_mask`, (batch, sequence)."""
         encoded = self.encode(queries, documents, instruction, max_length)
         return self.pad([pair.input_ids for pair in encoded], return_tensors=return_tensors)
 
     def pad(self, input_ids: Sequence[Sequence[int]], return_tensors: str | None = "pt") -> BatchEncoding:
-        """One batch of token id lists, padded on the left to the longest."""
+        """Pad lists of token ids on the left to the longest: `input_ids` and `attention_mask`, (batch, sequence)."""
         width = max((len(ids) for ids in input_ids), default=0)
         pad_id = self.tokenizer.pad_token_id or 0
         batch = {
@@ -211,14 +226,14 @@ class QueritProcessor:
         )
 
     def _cut(self, prompt: _Prompt, limit: int) -> EncodedPair:
-        """Fit a prompt of over `limit` tokens: the end of the content goes first, then the end of the query."""
+        """Cut a prompt to `limit` tokens: first the end of the document, then the end of the query."""
         ids, offsets = self._ids_and_offsets(prompt.text)
         fixed = sum(start < prompt.content_start for start, _ in offsets)
         if fixed <= limit:
             return EncodedPair([*ids[:limit], self.cls_token_id], cut_content=len(ids) - limit)
-        # By their ends: the first word of the content often shares its token with the space before it.
+        # Counted by their ends: the first word of the content often shares its token with the space before it.
         cut_content = sum(end > prompt.content_start for _, end in offsets)
-        # Tokenized apart: a query's last token may reach over its end (`?;`, `);`), and would take the `;` along.
+        # Tokenized separately: a query's last token may reach over its end (`?;`, `);`), and would include the `;`.
         ids, offsets = self._ids_and_offsets(prompt.text[: prompt.query_end])
         after = self._tokenize([prompt.text[prompt.query_end : prompt.content_start]])["input_ids"][0]
         before = sum(start < prompt.query_start for start, _ in offsets)
@@ -228,8 +243,8 @@ class QueritProcessor:
                 f"The instruction takes {before} tokens and the words after the query {len(after)}: more than "
                 f"max_length = {limit + 1} has room for; shorten the instruction or raise max_length."
             )
-        kept = ids[: before + room]
-        return EncodedPair([*kept, *after, self.cls_token_id], cut_content, cut_query=len(ids) - len(kept))
+        start = ids[: before + room]
+        return EncodedPair([*start, *after, self.cls_token_id], cut_content, cut_query=len(ids) - len(start))
 
     def _ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._tokenize([text], return_offsets_mapping=True)
@@ -237,24 +252,40 @@ class QueritProcessor:
 
 
 class _Prompt:
-    """The text of a pair, and where its parts lie in it."""
+    """The text of a pair, and the character offsets of its parts."""
 
     def __init__(self, instruction: str, query: str, content: str):
         before, after = f"{instruction} Query:", "; Content: "
-        # The space before the query counts as the query's: tokenizers join it to the first word.
+        # The space before the query counts as part of it: tokenizers join it to the first word.
         self.query_start = len(before)
         self.query_end = len(before) + 1 + len(query)
         self.content_start = self.query_end + len(after)
         self.text = f"{before} {query}{after}{content}"
 
 
-def _content_of(document: Document) -> str:
+def document_text(document: Document) -> str:
+    """Join title and text of a document by a space, as mteb does.
+
+    Args:
+        document: A string, or `{"title", "text"}`; an empty or missing title adds nothing.
+
+    Returns:
+        The text, in which lone surrogates are U+FFFD; stripped if the document is a mapping.
+
+    Raises:
+        TypeError: if the document has no text, or its title is not a string.
+
+    Example:
+        ```python
+        >>> document_text({"title": "Faust", "text": "A tragedy by Goethe."})
+        'Faust A tragedy by Goethe.'
+        ```
+    """
     if isinstance(document, str):
         return _clean(document, "document")
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
         raise TypeError(f"A document is a string or a dict with a 'text', not {_shown(document)}.")
     title, text = document.get("title"), _clean(document["text"], "document")
-    # As mteb joins them.
     return (text if title is None or title == "" else f"{_clean(title, 'title')} {text}").strip()
 
 
@@ -264,7 +295,7 @@ def _clean(text: str, what: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        # Halves of a pair become their character, lone ones U+FFFD: neither can be written as UTF-8.
+        # Surrogates cannot be encoded as UTF-8: pairs become their character, lone ones U+FFFD.
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 

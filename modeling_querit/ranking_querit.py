@@ -1,4 +1,4 @@
-"""The ranking engine: from (query, document) texts to scores, and to documents in order."""
+"""Ranking: from (query, document) texts to scores, and to documents in order of relevance."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .attention_querit import CannotPack, States
-from .engine_querit import attends_plainly, exclusive, rotates_by_length, score_pack, score_padded
+from .packed_attention_querit import KeyValueStates, PackingError
+from .packed_forward_querit import exclusive, is_causal, rotates_by_length, supports_packing
 from .packing_querit import plan_packs
-from .processing_querit import Document, EncodedPair
+from .processing_querit import Document, EncodedPair, Pair
 
 if TYPE_CHECKING:
     from .modeling_querit import QueritForSequenceRanking
@@ -27,45 +27,45 @@ logger = logging.get_logger(__name__)
 
 # Seconds before a progress bar shows: quick calls stay quiet.
 _PROGRESS_DELAY = 2.0
-# Pairs that are tokenized together.
-_PAIRS_AT_ONCE = 256
-# Forward passes that are planned together: so much of the input is held in memory.
-_PASSES_AT_ONCE = 16
-
-Pair = tuple[str, Document]
+# Number of pairs that are tokenized together.
+_TOKENIZED_TOGETHER = 256
+# Number of forward passes that are planned together, which bounds how much of the input is held in memory.
+_PASSES_PER_WINDOW = 16
 
 
 class RankedDocument(NamedTuple):
     """A document with its relevance score in [-1, 1] and its index in the list that was ranked."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     score: float
     document: Document
 
 
 @dataclass(frozen=True)
 class Optimizations:
-    """What the engine saves; none of it changes a score by more than rounding does.
+    """What ranking does to save time; none of it changes a score by more than rounding does.
 
     Args:
-        packs: Pairs are laid end to end, so that padding is not computed with.
-        share_prefix: What the pairs of a query begin with is computed once, its states serve them all. Needs `packs`.
-        reads_last_only: The last layer computes nothing but keys and values for tokens nobody reads. Needs `packs`.
-        converts: Arithmetic is as the processor is fastest: with states in float32 on CPUs without matrix units, and
-            with int8 weights, states are quantized once for all layers that read them.
+        packing: Whether pairs are packed, so that no padding is computed.
+        share_prefix: Whether the prefix that the pairs of a query share is computed once. Needs `packing`, and a
+            backbone with causal attention.
+        prune_last_layer: Whether the last layer computes nothing but keys and values for tokens that are not scored.
+            Needs `packing`.
+        mixed_precision: Whether to compute in the dtypes that are fastest on this processor: hidden states in float32
+            on CPUs without matrix units; with int8 weights, hidden states quantized once for all layers that read them.
     """
 
-    packs: bool = True
+    packing: bool = True
     share_prefix: bool = True
-    reads_last_only: bool = True
-    converts: bool = True
+    prune_last_layer: bool = True
+    mixed_precision: bool = True
 
 
 ALL = Optimizations()
-# Models whose attention turned out to be more than packs can express, and those where weights meet float32 states
-# otherwise than in a linear layer or a norm.
-_unpackable: WeakSet[torch.nn.Module] = WeakSet()
-_unconvertible: WeakSet[torch.nn.Module] = WeakSet()
+# Models whose attention turned out to be more than packs can express, and models with weights that float32 hidden
+# states meet in something other than a linear layer or a norm.
+_cannot_pack: WeakSet[torch.nn.Module] = WeakSet()
+_cannot_mix_precision: WeakSet[torch.nn.Module] = WeakSet()
 
 
 def rank_documents(
@@ -86,14 +86,9 @@ def rank_documents(
     ranked = (RankedDocument(index, score, document) for index, ((_, document), score) in enumerate(scored))
     if top_k is None:
         # sorted() is stable, so documents of equal score keep their order.
-        return sorted(ranked, key=lambda one: -one.score)
-    # Of any number of documents, no more than top_k are held.
-    return heapq.nsmallest(top_k, ranked, key=lambda one: (-one.score, one.index))
-
-
-def score_pairs(model: QueritForSequenceRanking, pairs: Iterable[Pair], **kwargs: Any) -> Tensor:
-    """Scores of pairs, float32 on the CPU, in the pairs' order; see `QueritForSequenceRanking.predict`."""
-    return torch.tensor([score for _, score in score_stream(model, pairs, **kwargs)], dtype=torch.float32)
+        return sorted(ranked, key=lambda document: -document.score)
+    # No more than top_k documents are held, however many there are.
+    return heapq.nsmallest(top_k, ranked, key=lambda document: (-document.score, document.index))
 
 
 def score_stream(
@@ -107,10 +102,21 @@ def score_stream(
     total: int | None = None,
     optimizations: Optimizations = ALL,
 ) -> Iterator[tuple[Pair, float]]:
-    """Each pair with its score, in the pairs' order, while `pairs` is read: memory does not grow with its length.
+    """Yield each pair with its score, in order, while `pairs` is read: memory does not grow with its length.
 
-    Arguments are those of `QueritForSequenceRanking.predict`; `total` is for the progress bar, where `pairs` has no
-    length.
+    Args:
+        model: The reranker.
+        pairs: (query, document) pairs; the further arguments are those of `QueritForSequenceRanking.predict`.
+        instruction: The task in one sentence, the same for all pairs.
+        max_length: Maximum number of tokens in a pair.
+        batch_tokens: Maximum number of tokens in a forward pass.
+        show_progress_bar: Whether to show a progress bar.
+        total: Number of pairs for the progress bar, if `pairs` has no length.
+        optimizations: What to do to save time.
+
+    Raises:
+        TypeError: if an argument or a pair is not what it should be.
+        ValueError: if `batch_tokens` is below 1, or a score is NaN or infinite.
     """
     if not isinstance(instruction, str | None):
         raise TypeError(f"instruction is {instruction!r}: give one string, for all pairs.")
@@ -122,14 +128,16 @@ def score_stream(
     def scored(batch_tokens: int) -> Iterator[tuple[Pair, float]]:
         index = 0
         with _progress_bar(pairs, total, show_progress_bar) as progress:
-            for window in _windows(model, pairs, instruction, max_length, batch_tokens * _PASSES_AT_ONCE):
-                scoring = _Window(model, window, batch_tokens, optimizations)
-                scores = scoring.scores(progress)
+            for pairs_of_window, encoded in _windows(
+                model, pairs, instruction, max_length, batch_tokens * _PASSES_PER_WINDOW
+            ):
+                window = _Window(model, pairs_of_window, encoded, batch_tokens, optimizations)
+                scores = window.score(progress)
                 _check_finite(scores, index)
                 # What did not fit into memory once need not be tried again.
-                batch_tokens = scoring.batch_tokens
-                index += len(window)
-                yield from zip((pair for pair, _ in window), scores.tolist(), strict=True)
+                batch_tokens = window.batch_tokens
+                index += len(pairs_of_window)
+                yield from zip(pairs_of_window, scores.tolist(), strict=True)
 
     return scored(batch_tokens)
 
@@ -145,9 +153,9 @@ def _progress_bar(pairs: Iterable[Pair], total: int | None, show: bool | None) -
 
 
 def default_batch_tokens(model: QueritForSequenceRanking) -> int:
-    """Tokens of a forward pass: 2,048 of a dense model on a CPU, whose caches hold them, and 8,192 otherwise.
+    """Number of tokens in a forward pass: 2,048 for a dense model on a CPU, whose caches hold them, 8,192 otherwise.
 
-    Experts are fastest where each gets many tokens, and so is a GPU.
+    Experts are fastest with many tokens each, and so is a GPU.
     """
     has_experts = getattr(model.config.get_text_config(), "num_experts_per_tok", None) is not None
     return 8192 if has_experts or model.device.type != "cpu" else 2048
@@ -155,19 +163,22 @@ def default_batch_tokens(model: QueritForSequenceRanking) -> int:
 
 def _windows(
     model: QueritForSequenceRanking, pairs: Iterable[Pair], instruction: str | None, max_length: int | None, tokens: int
-) -> Iterator[list[tuple[Pair, EncodedPair]]]:
-    """Pairs with their token ids, in lists of about so many tokens."""
-    pairs, window, size = map(_checked, pairs, itertools.count()), [], 0
-    while some := list(itertools.islice(pairs, _PAIRS_AT_ONCE)):
-        queries, documents = [query for query, _ in some], [document for _, document in some]
+) -> Iterator[tuple[list[Pair], list[EncodedPair]]]:
+    """Pairs and their token ids, in windows of about `tokens` tokens."""
+    checked_pairs = map(_checked, pairs, itertools.count())
+    window: tuple[list[Pair], list[EncodedPair]] = [], []
+    size = 0
+    while chunk := list(itertools.islice(checked_pairs, _TOKENIZED_TOGETHER)):
+        queries, documents = [query for query, _ in chunk], [document for _, document in chunk]
         encoded = model.processor.encode(queries, documents, instruction, max_length)
         _warn_about_cuts(encoded)
-        window += zip(some, encoded, strict=True)
-        size += sum(len(each.input_ids) for each in encoded)
+        window[0].extend(chunk)
+        window[1].extend(encoded)
+        size += sum(len(pair.input_ids) for pair in encoded)
         if size >= tokens:
             yield window
-            window, size = [], 0
-    if window:
+            window, size = ([], []), 0
+    if window[0]:
         yield window
 
 
@@ -178,62 +189,72 @@ def _checked(pair: Pair, index: int) -> Pair:
 
 
 class _Window:
-    """Pairs that are planned, and scored, together."""
+    """Pairs that are planned, and scored, together.
+
+    Args:
+        model: The reranker.
+        pairs: The (query, document) pairs.
+        encoded: Token ids of each pair.
+        batch_tokens: Maximum number of tokens in a forward pass; halved if memory runs out.
+        optimizations: What to do to save time.
+    """
 
     def __init__(
         self,
         model: QueritForSequenceRanking,
-        window: Sequence[tuple[Pair, EncodedPair]],
+        pairs: Sequence[Pair],
+        encoded: Sequence[EncodedPair],
         batch_tokens: int,
         optimizations: Optimizations,
     ):
         self.model = model
         self.batch_tokens = batch_tokens
         self.optimizations = optimizations
-        self.queries = [query for (query, _), _ in window]
-        self.input_ids = [encoded.input_ids for _, encoded in window]
+        self.queries = [query for query, _ in pairs]
+        self.input_ids = [pair.input_ids for pair in encoded]
         self.done: dict[int, float] = {}
-        # Tokens and pairs of the forward pass that is under way.
-        self.tokens, self.pairs = 0, 0
+        # Size of the forward pass that is under way.
+        self.num_tokens, self.num_pairs = 0, 0
 
-    def scores(self, progress: Any) -> Tensor:
-        """(pairs,) in float32; where memory runs out, the rest is scored in smaller batches."""
-        with exclusive(self.model), _evaluating(self.model), torch.inference_mode():
+    def score(self, progress: Any) -> Tensor:
+        """Score all pairs, (pairs,) in float32; if memory runs out, the rest is scored in smaller batches."""
+        with exclusive(self.model.model), _evaluating(self.model), torch.inference_mode():
             while len(self.done) < len(self.input_ids):
                 try:
-                    for pairs, scores in self._packed() if self._can_pack() else self._padded():
-                        self.done.update(zip(pairs, scores.float().tolist(), strict=True))
+                    for pairs, scores in self._score_packed() if self._can_pack() else self._score_padded():
+                        self.done.update(zip(pairs, scores.flatten().tolist(), strict=True))
                         progress.update(len(pairs))
-                except CannotPack:
-                    _unpackable.add(self.model)
+                except PackingError:
+                    _cannot_pack.add(self.model)
                 except (RuntimeError, MemoryError) as error:
-                    if self._converts() and _is_of_mixed_dtypes(error):
-                        _unconvertible.add(self.model)
+                    if self._mixes_precision() and _is_about_mixed_dtypes(error):
+                        _cannot_mix_precision.add(self.model)
                     else:
                         self._make_smaller(error)
         return torch.tensor([self.done[pair] for pair in range(len(self.input_ids))], dtype=torch.float32)
 
     def _can_pack(self) -> bool:
-        return self.optimizations.packs and self.model not in _unpackable and attends_plainly(self.model.model)
+        return self.optimizations.packing and self.model not in _cannot_pack and supports_packing(self.model.model)
 
-    def _converts(self) -> bool:
-        return self.optimizations.converts and self.model not in _unconvertible
+    def _mixes_precision(self) -> bool:
+        return self.optimizations.mixed_precision and self.model not in _cannot_mix_precision
 
-    def _packed(self) -> Iterator[tuple[list[int], Tensor]]:
-        states: States = {}
-        for pack in plan_packs(self.input_ids, self._groups(), self.batch_tokens, self.optimizations.share_prefix):
-            self.tokens, self.pairs = len(pack), len(pack.pairs)
-            scores, states = score_pack(
-                self.model,
-                pack,
-                states,
-                reads_last_only=self.optimizations.reads_last_only,
-                converts=self._converts(),
+    def _score_packed(self) -> Iterator[tuple[list[int], Tensor]]:
+        carried: KeyValueStates | None = None
+        share_prefix = self.optimizations.share_prefix and is_causal(self.model.model)
+        for pack in plan_packs(self.input_ids, self._groups(), self.batch_tokens, share_prefix):
+            self.num_tokens, self.num_pairs = len(pack), len(pack.pairs)
+            output = self.model(
+                pack=pack,
+                carried=carried,
+                prune_last_layer=self.optimizations.prune_last_layer,
+                mixed_precision=self._mixes_precision(),
             )
-            yield pack.pairs, scores
+            carried = output.carried
+            yield pack.pairs, output.score
 
     def _groups(self) -> list[list[int]]:
-        """What is not done, by query, the longest first; queries of a single pair share at least the instruction."""
+        """Pairs that are not done, by query, the longest first; queries of a single pair share the instruction."""
         by_query: dict[str, list[int]] = {}
         for pair, query in enumerate(self.queries):
             if pair not in self.done:
@@ -242,43 +263,42 @@ class _Window:
         singles = [pairs[0] for pairs in by_query.values() if len(pairs) == 1]
         return [sorted(group, key=lambda pair: -len(self.input_ids[pair])) for group in [*groups, singles] if group]
 
-    def _padded(self) -> Iterator[tuple[list[int], Tensor]]:
-        left = [pair for pair in range(len(self.input_ids)) if pair not in self.done]
+    def _score_padded(self) -> Iterator[tuple[list[int], Tensor]]:
+        remaining = [pair for pair in range(len(self.input_ids)) if pair not in self.done]
         batch_tokens = 1 if rotates_by_length(self.model.model) else self.batch_tokens
-        for batch in plan_batches([len(self.input_ids[pair]) for pair in left], batch_tokens):
-            pairs = [left[place] for place in batch]
+        for batch in plan_batches([len(self.input_ids[pair]) for pair in remaining], batch_tokens):
+            pairs = [remaining[place] for place in batch]
             inputs = self.model.processor.pad([self.input_ids[pair] for pair in pairs]).to(self.model.device)
-            self.tokens, self.pairs = inputs["input_ids"].numel(), len(pairs)
-            yield pairs, score_padded(self.model, **inputs, converts=self._converts())
+            self.num_tokens, self.num_pairs = inputs["input_ids"].numel(), len(pairs)
+            yield pairs, self.model(**inputs, mixed_precision=self._mixes_precision()).score
 
     def _make_smaller(self, error: Exception) -> None:
         if not _is_out_of_memory(error):
             raise error
-        if self.pairs == 1:
+        if self.num_pairs == 1:
             raise RuntimeError(
-                f"A pair of {self.tokens} tokens does not fit into memory: give a smaller max_length."
+                f"A pair of {self.num_tokens} tokens does not fit into memory: give a smaller max_length."
             ) from error
-        self.batch_tokens = min(self.batch_tokens, self.tokens) // 2
-        logger.warning(f"Out of memory with {self.tokens} tokens at once; going on with {self.batch_tokens}.")
+        self.batch_tokens = min(self.batch_tokens, self.num_tokens) // 2
+        logger.warning(f"Out of memory with {self.num_tokens} tokens at once; continuing with {self.batch_tokens}.")
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     # The allocators of CPUs and of Apple's GPUs have no exception of their own.
-    words = ("can't allocate memory", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in str(error) for each in words)
+    phrases = ("can't allocate memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
-def _is_of_mixed_dtypes(error: Exception) -> bool:
+def _is_about_mixed_dtypes(error: Exception) -> bool:
     return "scalar type" in str(error) or "same dtype" in str(error)
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of `lengths`, longest first, in batches of at most `batch_tokens` tokens with their padding.
+    """Yield indices of `lengths`, longest first, in batches of at most `batch_tokens` tokens with their padding.
 
-    The longest come first, so that running out of memory happens at once. A single text over the budget is a
-    batch by itself.
+    The longest come first, so that a lack of memory shows at once. A single text over the budget is a batch by itself.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     start = 0
@@ -290,8 +310,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off for a while, and back to what it was."""
-    # Module by module: parts that the caller froze in evaluation mode stay there.
+    """Put a model into evaluation mode for a while, and every module back into its own mode."""
     was_training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -304,8 +323,8 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 def _warn_about_cuts(encoded: Sequence[EncodedPair]) -> None:
     if any(pair.cut_content or pair.cut_query for pair in encoded):
         logger.warning_once(
-            "Some pairs are longer than max_length: the end of their document, or of their query, is not read; "
-            "model.processor.encode tells which, and how many tokens."
+            "Some pairs are longer than max_length: the end of their document, or of their query, is cut; "
+            "model.processor.encode reports which, and by how many tokens."
         )
 
 

@@ -1,4 +1,4 @@
-"""Threads that have nothing left to do once what they were started for has failed."""
+"""A thread pool that stops at the first error."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads; if the block ends with an error or Ctrl-C, what has not begun does not begin any more.
+    """A thread pool whose pending jobs are cancelled if the block ends with an error or Ctrl-C.
 
     Args:
-        count: How many at most.
+        count: Most threads at once.
 
     Example:
         ```python

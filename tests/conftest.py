@@ -13,10 +13,14 @@ import pytest
 import tiny
 import torch
 from hypothesis import HealthCheck, settings
+from skips import UnexpectedSkips
+from tiny_checkpoints import vary
 from transformers import PreTrainedTokenizerFast
 
 from modeling_querit import QueritForSequenceRanking, QueritProcessor
 from modeling_querit.cli import main
+from modeling_querit.merging.merge import merge_checkpoints
+from modeling_querit.merging.recipe import Recipe
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -28,6 +32,18 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )
 settings.load_profile("querit")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fail-on-skip", action="store_true", help="Fail if a test is skipped for a reason that is not on the list."
+    )
+
+
+def pytest_configure(config):
+    # Under pytest-xdist only the process that collects the reports may judge them.
+    if config.getoption("--fail-on-skip") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(UnexpectedSkips(), "unexpected-skips")
 
 
 @pytest.fixture(scope="session", params=tiny.ARCHITECTURES)
@@ -183,3 +199,51 @@ def querit(capsys):
         return stop.value.code or 0, out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def families(saved_folders, tmp_path_factory):
+    """Three models of an architecture in one dtype, as folders. Tests copy before they change anything."""
+    made = {}
+
+    def get(architecture, dtype=torch.float32):
+        if (architecture, dtype) not in made:
+            folder = tmp_path_factory.mktemp("family")
+            made[architecture, dtype] = [
+                vary(saved_folders(architecture), folder / name, seed, dtype)
+                for seed, name in enumerate(["law", "medicine", "code"])
+            ]
+        return made[architecture, dtype]
+
+    return get
+
+
+@pytest.fixture
+def family(families, architecture):
+    return [str(folder) for folder in families(architecture)]
+
+
+@pytest.fixture
+def pair(families):
+    """Two models of the smaller architecture, for what has nothing to do with it."""
+    return [str(folder) for folder in families("qwen3")[:2]]
+
+
+@pytest.fixture(scope="session")
+def whole_merges(families, tmp_path_factory):
+    """One merged folder per architecture. Tests copy before they change anything."""
+    made = {}
+
+    def get(architecture):
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp("merged") / "merged"
+            merge_checkpoints(Recipe([str(each) for each in families(architecture)[:2]], t=["0.4"]), folder)
+            made[architecture] = folder
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture
+def whole_merge(whole_merges, architecture):
+    return whole_merges(architecture)

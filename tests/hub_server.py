@@ -1,14 +1,14 @@
-"""A Hub of repositories in memory, on 127.0.0.1: the real `huggingface_hub` client works against it unchanged.
+"""A Hub on 127.0.0.1 with repositories in memory, which the real `huggingface_hub` client uses unchanged.
 
     with HubServer({"hf_good": "someone"}) as hub:
         hub.faults.append(Fault("PUT", "/lfs/", times=2))
         subprocess.run(command, env=hub.environment(tmp_path, token="hf_good"), check=True)
         assert hub.repos["someone/name"].files("v1.0") == {".gitattributes": GITATTRIBUTES, "config.json": b"{}"}
 
-`HubServer.environment` is all that a client in a process of its own needs. It sets HF_HUB_DISABLE_XET=1: with hf_xet
-installed the client would else take large files to Xet storage, which is not here. In the process of the tests the
-client has read its environment already: set HF_HUB_OFFLINE to False and HF_HUB_DISABLE_XET to True in
-`huggingface_hub.constants`, leave the endpoint there alone, and call `HfApi(endpoint=hub.url, token=...)`.
+A client in another process needs only `HubServer.environment`. It sets HF_HUB_DISABLE_XET=1, because a client with
+hf_xet would upload large files to Xet storage, which is missing here. The client of the tests' own process has read its
+environment already: set HF_HUB_OFFLINE to False and HF_HUB_DISABLE_XET to True in `huggingface_hub.constants` (the
+fixture `online` does), leave its endpoint alone, and use `HfApi(endpoint=hub.url, token=...)`.
 """
 
 import base64
@@ -35,10 +35,10 @@ DATE = "2026-01-01T00:00:00.000Z"
 
 @dataclass(eq=False)
 class Fault:
-    """Fails the next `times` requests of the method with a match in the path, once `after` others have passed.
+    """A fault in the next `times` requests whose method and path match, after `after` others have passed.
 
-    They are refused with `status`; or `cut` closes the connection in the middle of their body, or of the answer's if
-    they have none; or `lost` does what they ask and closes the connection instead of an answer.
+    The requests fail with `status`; with `cut`, the connection closes in the middle of their body, or of the response's
+    if they have none; with `lost`, they are handled and the connection closes instead of a response.
     """
 
     method: str
@@ -53,7 +53,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Blob:
-    """A file of a commit, kept in git or, if `lfs`, beside it."""
+    """A file of a commit, stored in git or, with `lfs`, in Git LFS."""
 
     content: bytes
     lfs: bool = False
@@ -69,19 +69,19 @@ class Blob:
 
     @cached_property
     def oid(self) -> str:
-        """What git calls it."""
-        kept = self.pointer if self.lfs else self.content
-        return hashlib.sha1(b"blob %d\0" % len(kept) + kept).hexdigest()
+        """Hash of the blob in git."""
+        stored = self.pointer if self.lfs else self.content
+        return hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
 
     @property
     def etag(self) -> str:
-        """What the client compares its own file with, and names it by in its cache."""
+        """Hash by which the client compares files and names them in its cache."""
         return self.sha256 if self.lfs else self.oid
 
     def listed(self, digest: str) -> dict[str, Any]:
-        """Its sizes, and its digest under the name that the listing has for it."""
-        large = {"lfs": {digest: self.sha256, "size": len(self.content), "pointerSize": len(self.pointer)}}
-        return {"size": len(self.content), **(large if self.lfs else {})}
+        """Sizes and hash, as listings show them; `digest` is the listing's key of the hash."""
+        lfs = {"lfs": {digest: self.sha256, "size": len(self.content), "pointerSize": len(self.pointer)}}
+        return {"size": len(self.content), **(lfs if self.lfs else {})}
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,16 @@ class Commit:
     tree: dict[str, Blob]
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """Every file and folder by its path, as listings show them."""
+        """Files and folders by their paths, as listings show them."""
         folders = {str(parent) for path in self.tree for parent in PurePosixPath(path).parents} - {"."}
-        found = {path: {"type": "directory", "path": path, "oid": self.sha, "size": 0} for path in folders}
+        entries = {path: {"type": "directory", "path": path, "oid": self.sha, "size": 0} for path in folders}
         for path, blob in self.tree.items():
-            found[path] = {"type": "file", "path": path, "oid": blob.oid, **blob.listed("oid")}
-        return dict(sorted(found.items()))
+            entries[path] = {"type": "file", "path": path, "oid": blob.oid, **blob.listed("oid")}
+        return dict(sorted(entries.items()))
 
 
 class Repo:
-    """Commits, the names that point to them, and the large files that were sent, committed or not."""
+    """A repository: commits, branches, tags, pull requests, and uploaded large files (`objects`), committed or not."""
 
     def __init__(self, key: str, *, private: bool = False):
         self.key = key
@@ -117,32 +117,32 @@ class Repo:
         self.branches["main"] = self.add(None, "initial commit", {".gitattributes": Blob(GITATTRIBUTES)})
 
     def at(self, revision: str = "main") -> Commit:
-        """The commit of a name or of a hash, which may be shortened."""
+        """Find a commit by branch, tag, pull request or hash, which may be abbreviated."""
         names = self.branches | self.tags | self.pulls
         exact = [names[revision]] if revision in names else []
-        found = exact or [sha for sha in self.commits if len(revision) >= 7 and sha.startswith(revision)]
-        if len(found) != 1:
-            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return self.commits[found[0]]
+        matches = exact or [sha for sha in self.commits if len(revision) >= 7 and sha.startswith(revision)]
+        if len(matches) != 1:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return self.commits[matches[0]]
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         return {path: blob.content for path, blob in self.at(revision).tree.items()}
 
     def history(self, revision: str = "main") -> list[Commit]:
-        """The commits that lead to a revision, last one first."""
-        found = [self.at(revision)]
-        while found[-1].parent:
-            found.append(self.commits[found[-1].parent])
-        return found
+        """List the commits up to a revision, the last one first."""
+        commits = [self.at(revision)]
+        while commits[-1].parent:
+            commits.append(self.commits[commits[-1].parent])
+        return commits
 
     def add(self, parent: str | None, title: str, tree: dict[str, Blob]) -> str:
-        made_of = [self.key, len(self.commits), parent, title, sorted((path, blob.oid) for path, blob in tree.items())]
-        sha = hashlib.sha1(json.dumps(made_of).encode()).hexdigest()
+        content = [self.key, len(self.commits), parent, title, sorted((path, blob.oid) for path, blob in tree.items())]
+        sha = hashlib.sha1(json.dumps(content).encode()).hexdigest()
         self.commits[sha] = Commit(sha, parent, title, tree)
         return sha
 
     def change(self, tree: dict[str, Blob], kind: str, value: dict[str, Any]) -> None:
-        """Apply a line of a commit."""
+        """Apply one change of a commit to a tree."""
         path = value["path"]
         match kind:
             case "file":
@@ -151,39 +151,39 @@ class Repo:
                 tree[path] = Blob(self.objects[value["oid"]], lfs=True)
             case "deletedFile" if path in tree:
                 del tree[path]
-            case "deletedFolder" if inside := [each for each in tree if each.startswith(path.rstrip("/") + "/")]:
-                for each in inside:
-                    del tree[each]
+            case "deletedFolder" if inside := [name for name in tree if name.startswith(path.rstrip("/") + "/")]:
+                for name in inside:
+                    del tree[name]
             case "deletedFile" | "deletedFolder":
-                raise Refusal(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
+                raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
             case _:
-                raise Refusal(400, f"{kind} of {path}, whose content is not there")
+                raise HubError(400, f"{kind} of {path}, whose content was not uploaded")
 
 
-class Answer(NamedTuple):
-    """What a request gets."""
+class Response(NamedTuple):
+    """A response to a request."""
 
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = {}
 
     @classmethod
-    def of(cls, found: Any, status: int = 200, headers: Mapping[str, str] = {}) -> Self:
-        return cls(status, json.dumps(found).encode(), {"Content-Type": "application/json", **headers})
+    def of(cls, value: Any, status: int = 200, headers: Mapping[str, str] = {}) -> Self:
+        return cls(status, json.dumps(value).encode(), {"Content-Type": "application/json", **headers})
 
 
-class Refusal(Exception):
-    """An answer in place of what was asked for. The client chooses its exception by the code."""
+class HubError(Exception):
+    """An error response; the client chooses its exception by `code`."""
 
     def __init__(self, status: int, message: str, code: str = "", **headers: str):
         super().__init__(message)
-        told = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
-        self.answer = Answer.of({"error": message}, status, told)
+        error_headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
+        self.response = Response.of({"error": message}, status, error_headers)
 
 
 @dataclass
 class Request:
-    """What a client asks."""
+    """A request, with its user and the namespaces that the user may write to (`owns`)."""
 
     method: str
     path: str
@@ -199,26 +199,26 @@ class Request:
 
     @property
     def proposes(self) -> bool:
-        """Whether this is for a new pull request."""
+        """Whether it belongs to a new pull request."""
         return "create_pr" in self.query
 
 
 def ignored(path: str, gitignore: str) -> bool:
-    """Whether a line of a .gitignore names the file or a folder of it, negations and `**` aside."""
+    """Whether a .gitignore lists the file or one of its folders; negations and `**` are not supported."""
     rules = [line.strip("/") for line in gitignore.split() if not line.startswith("#")]
     names = {path, *path.split("/"), *map(str, PurePosixPath(path).parents)}
     return any(fnmatch(name, rule) for rule in rules for name in names)
 
 
 class Connection(BaseHTTPRequestHandler):
-    """Reads requests and writes answers, or fails to."""
+    """A connection that reads requests and writes responses, with faults."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: "HubServer"
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Say nothing: the requests are in `HubServer.requests`."""
+        """Log nothing: requests are in `HubServer.requests`."""
 
     def respond(self) -> None:
         url, size = urlsplit(self.path), int(self.headers.get("Content-Length") or 0)
@@ -229,26 +229,26 @@ class Connection(BaseHTTPRequestHandler):
             return
         request = Request(self.command, url.path, parse_qs(url.query), self.headers, self.rfile.read(size))
         if fault and not (fault.cut or fault.lost):
-            self.send(Refusal(fault.status, "As the test wants it", **fault.headers).answer)
+            self.send(HubError(fault.status, "The test injected this fault", **fault.headers).response)
             return
-        answer = self.server.answer(request)
+        response = self.server.handle(request)
         self.close_connection |= fault is not None
         if not (fault and fault.lost):
-            self.send(answer, cut=fault is not None)
+            self.send(response, cut=fault is not None)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = respond
 
-    def send(self, answer: Answer, *, cut: bool = False) -> None:
-        self.send_response(answer.status)
-        for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
+    def send(self, response: Response, *, cut: bool = False) -> None:
+        self.send_response(response.status)
+        for name, value in {**response.headers, "Content-Length": str(len(response.body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.body[: len(answer.body) // 2] if cut else answer.body)
+            self.wfile.write(response.body[: len(response.body) // 2] if cut else response.body)
 
 
 class HubServer(ThreadingHTTPServer):
-    """The Hub: a user for every token, the organizations of users, and the size over which files are large."""
+    """The Hub: token -> user, user -> organizations, and the size in bytes above which files go to Git LFS."""
 
     def __init__(self, tokens: Mapping[str, str], orgs: Mapping[str, Iterable[str]] = {}, lfs_above: int = 1 << 20):
         super().__init__(("127.0.0.1", 0), Connection)
@@ -269,7 +269,7 @@ class HubServer(ThreadingHTTPServer):
     def __exit__(self, *error: object) -> None:
         self.shutdown()
         self.server_close()
-        # Clients keep their connections open, and would be served on.
+        # Clients keep connections open, which would still be served.
         for connection in self._connections:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -279,18 +279,20 @@ class HubServer(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def environment(self, home: str | os.PathLike[str], token: str | None = None) -> dict[str, str]:
-        """The environment of a client: that of this process, with this Hub in place of any other."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        without = {f"HF_HUB_DISABLE_{what}": "1" for what in ("XET", "TELEMETRY", "UPDATE_CHECK", "PROGRESS_BARS")}
-        here = {"HF_ENDPOINT": self.url, "HF_HOME": os.fspath(home), "HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1"}
-        return kept | without | here | ({"HF_TOKEN": token} if token else {})
+        """Environment variables of a client: those of this process, with this Hub instead of the real one."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        disabled = {
+            f"HF_HUB_DISABLE_{feature}": "1" for feature in ("XET", "TELEMETRY", "UPDATE_CHECK", "PROGRESS_BARS")
+        }
+        hub = {"HF_ENDPOINT": self.url, "HF_HOME": os.fspath(home), "HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1"}
+        return inherited | disabled | hub | ({"HF_TOKEN": token} if token else {})
 
     def count(self, method: str, path: str) -> int:
-        """How many requests of the method had a match in the path, refused ones included."""
-        return sum(each == method and re.search(path, where) is not None for each, where in self.requests)
+        """Count the requests whose method and path match, failed ones included."""
+        return sum(verb == method and re.search(path, url) is not None for verb, url in self.requests)
 
     def receive(self, method: str, path: str) -> Fault | None:
-        """Note a request, and find what is to go wrong with it."""
+        """Record a request, and return the fault to inject."""
         with self._lock:
             self.requests.append((method, path))
             for fault in self.faults:
@@ -303,111 +305,111 @@ class HubServer(ThreadingHTTPServer):
                         return fault
             return None
 
-    def answer(self, request: Request) -> Answer:
+    def handle(self, request: Request) -> Response:
         method = "GET" if request.method == "HEAD" else request.method
         with self._lock:
             try:
                 token = request.headers.get("Authorization", "").removeprefix("Bearer ")
                 if token and token not in self.tokens:
-                    raise Refusal(401, "Invalid credentials in Authorization header")
+                    raise HubError(401, "Invalid credentials in Authorization header")
                 request.user = self.tokens.get(token)
                 request.owns = {request.user, *self.orgs.get(request.user, ())}
                 for routed, pattern, handler, write in ROUTES:
                     if routed == method and (match := re.fullmatch(pattern, request.path)):
                         return handler(self, request, **self._arguments(request, match.groupdict(), write))
-                raise Refusal(404, "Sorry, we can't find the page you are looking for.")
-            except Refusal as refusal:
-                return refusal.answer
+                raise HubError(404, "Sorry, we can't find the page you are looking for.")
+            except HubError as error:
+                return error.response
 
     def _arguments(self, request: Request, groups: dict[str, str | None], write: bool) -> dict[str, Any]:
-        given = {name: unquote(value) for name, value in groups.items() if value is not None}
-        if "name" not in given:
-            return given
-        repo = self._find(request, f"{given.pop('kind', 'models')}/{given.pop('name')}".removeprefix("models/"))
+        arguments = {name: unquote(value) for name, value in groups.items() if value is not None}
+        if "name" not in arguments:
+            return arguments
+        repo = self._find(request, f"{arguments.pop('kind', 'models')}/{arguments.pop('name')}".removeprefix("models/"))
         if write:
-            # Whoever may read may open a pull request.
+            # A pull request needs only read access.
             self._user(request, None if request.proposes else repo.namespace)
-        return {**given, "repo": repo}
+        return {**arguments, "repo": repo}
 
     def _find(self, request: Request, key: str) -> Repo:
         repo = self.repos.get(key)
         if repo is None or (repo.private and repo.namespace not in request.owns):
-            # The real Hub, too, does not tell what is hidden from what is missing.
-            raise Refusal(404 if request.user else 401, "Repository not found", "RepoNotFound")
+            # Like the real Hub: private repositories look missing.
+            raise HubError(404 if request.user else 401, "Repository not found", "RepoNotFound")
         return repo
 
     def _user(self, request: Request, writes_to: str | None = None) -> str:
-        """Whoever asks, who must have a token, and the right to write to a namespace if one is given."""
+        """Check that the user has a token, and write access to a namespace if one is given."""
         if request.user is None:
-            raise Refusal(401, "Invalid username or password.")
+            raise HubError(401, "Invalid username or password.")
         if writes_to and writes_to not in request.owns:
-            raise Refusal(403, f"You don't have the rights to write to the namespace {writes_to}")
+            raise HubError(403, f"You don't have the rights to write to the namespace {writes_to}")
         return request.user
 
-    def whoami(self, request: Request) -> Answer:
+    def whoami(self, request: Request) -> Response:
         user = self._user(request)
         orgs = [{"type": "org", "name": name} for name in self.orgs.get(user, ())]
         token = {"type": "access_token", "accessToken": {"displayName": "tests", "role": "write"}}
-        return Answer.of({"type": "user", "id": user, "name": user, "fullname": user, "orgs": orgs, "auth": token})
+        return Response.of({"type": "user", "id": user, "name": user, "fullname": user, "orgs": orgs, "auth": token})
 
-    def validate_yaml(self, request: Request) -> Answer:
+    def validate_yaml(self, request: Request) -> Response:
         missing = [] if request.json["content"].startswith("---") else [{"message": "empty or missing yaml metadata"}]
-        return Answer.of({"errors": [], "warnings": missing})
+        return Response.of({"errors": [], "warnings": missing})
 
-    def create_repo(self, request: Request) -> Answer:
-        asked = request.json
-        namespace = asked.get("organization") or self._user(request)
+    def create_repo(self, request: Request) -> Response:
+        fields = request.json
+        namespace = fields.get("organization") or self._user(request)
         self._user(request, writes_to=namespace)
-        key = f"{asked.get('type', 'model')}s/{namespace}/{asked['name']}".removeprefix("models/")
+        key = f"{fields.get('type', 'model')}s/{namespace}/{fields['name']}".removeprefix("models/")
         url = f"{self.url}/{key}"
         if key in self.repos:
-            return Answer.of({"error": "You already created this repo", "url": url}, 409)
-        self.repos[key] = Repo(key, private=asked.get("visibility") == "private")
-        return Answer.of({"url": url})
+            return Response.of({"error": "You already created this repo", "url": url}, 409)
+        self.repos[key] = Repo(key, private=fields.get("visibility") == "private")
+        return Response.of({"url": url})
 
-    def repo_info(self, request: Request, repo: Repo, revision: str = "main") -> Answer:
+    def repo_info(self, request: Request, repo: Repo, revision: str = "main") -> Response:
         commit = repo.at(revision)
         siblings = [
             {"rfilename": path} | ({"blobId": blob.oid, **blob.listed("sha256")} if "blobs" in request.query else {})
             for path, blob in sorted(commit.tree.items())
         ]
         about = {"author": repo.namespace, "private": repo.private, "gated": False, "lastModified": DATE, "tags": []}
-        return Answer.of({"id": f"{repo.namespace}/{repo.name}", "sha": commit.sha, "siblings": siblings, **about})
+        return Response.of({"id": f"{repo.namespace}/{repo.name}", "sha": commit.sha, "siblings": siblings, **about})
 
-    def list_refs(self, request: Request, repo: Repo) -> Answer:
+    def list_refs(self, request: Request, repo: Repo) -> Response:
         def listed(prefix: str, names: dict[str, str]) -> list[dict[str, str]]:
             return [{"name": name, "ref": prefix + name, "targetCommit": sha} for name, sha in names.items()]
 
         own = {"branches": listed("refs/heads/", repo.branches), "tags": listed("refs/tags/", repo.tags)}
-        return Answer.of({**own, "converts": [], "pullRequests": listed("", repo.pulls)})
+        return Response.of({**own, "converts": [], "pullRequests": listed("", repo.pulls)})
 
-    def list_tree(self, request: Request, repo: Repo, revision: str, folder: str = "") -> Answer:
+    def list_tree(self, request: Request, repo: Repo, revision: str, folder: str = "") -> Response:
         entries = repo.at(revision).entries()
         if folder and folder not in entries:
-            raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
+            raise HubError(404, f"{folder} does not exist", "EntryNotFound")
         start = f"{folder}/" if folder else ""
         deep = request.query.get("recursive") == ["true"]
         inside = [path for path in entries if path.startswith(start) and (deep or "/" not in path[len(start) :])]
-        return Answer.of([entries[path] for path in inside])
+        return Response.of([entries[path] for path in inside])
 
-    def paths_info(self, request: Request, repo: Repo, revision: str) -> Answer:
+    def paths_info(self, request: Request, repo: Repo, revision: str) -> Response:
         entries = repo.at(revision).entries()
-        asked = [path.rstrip("/") for path in parse_qs(request.body.decode()).get("paths", [])]
-        return Answer.of([entries[path] for path in asked if path in entries])
+        paths = [path.rstrip("/") for path in parse_qs(request.body.decode()).get("paths", [])]
+        return Response.of([entries[path] for path in paths if path in entries])
 
-    def create_branch(self, request: Request, repo: Repo, branch: str) -> Answer:
+    def create_branch(self, request: Request, repo: Repo, branch: str) -> Response:
         return self._name(repo.branches, branch, repo.at(request.json.get("startingPoint", "main")))
 
-    def create_tag(self, request: Request, repo: Repo, revision: str) -> Answer:
+    def create_tag(self, request: Request, repo: Repo, revision: str) -> Response:
         return self._name(repo.tags, request.json["tag"], repo.at(revision))
 
-    def _name(self, names: dict[str, str], name: str, commit: Commit) -> Answer:
+    def _name(self, names: dict[str, str], name: str, commit: Commit) -> Response:
         if name in names:
-            raise Refusal(409, f"{name} exists already")
+            raise HubError(409, f"{name} already exists")
         names[name] = commit.sha
-        return Answer.of({})
+        return Response.of({})
 
-    def preupload(self, request: Request, repo: Repo, revision: str) -> Answer:
+    def preupload(self, request: Request, repo: Repo, revision: str) -> Response:
         tree = repo.at(revision).tree
         rules = request.json.get("gitIgnore", tree.get(".gitignore", Blob(b"")).content.decode())
 
@@ -416,10 +418,10 @@ class HubServer(ThreadingHTTPServer):
             known = {"oid": tree[path].etag} if path in tree else {}
             return {"path": path, "uploadMode": mode, "shouldIgnore": ignored(path, rules), **known}
 
-        return Answer.of({"files": [plan(file["path"], file["size"]) for file in request.json["files"]]})
+        return Response.of({"files": [plan(file["path"], file["size"]) for file in request.json["files"]]})
 
-    def lfs_batch(self, request: Request, repo: Repo) -> Answer:
-        # The client names no ref where it opens a pull request.
+    def lfs_batch(self, request: Request, repo: Repo) -> Response:
+        # The client sends no ref when it opens a pull request.
         self._user(request, repo.namespace if "ref" in request.json else None)
 
         def plan(oid: str, size: int) -> dict[str, Any]:
@@ -427,53 +429,53 @@ class HubServer(ThreadingHTTPServer):
             actions = {"upload": {"href": url}, "verify": {"href": f"{url}/verify"}}
             return {"oid": oid, "size": size, **({} if oid in repo.objects else {"actions": actions})}
 
-        objects = [plan(each["oid"], each["size"]) for each in request.json["objects"]]
-        return Answer.of({"transfer": "basic", "objects": objects})
+        objects = [plan(item["oid"], item["size"]) for item in request.json["objects"]]
+        return Response.of({"transfer": "basic", "objects": objects})
 
-    # As with the signed addresses of the real Hub, the client sends no token here.
-    def put_object(self, request: Request, key: str, oid: str) -> Answer:
+    # Like for the signed URLs of the real Hub, the client sends no token.
+    def put_object(self, request: Request, key: str, oid: str) -> Response:
         if hashlib.sha256(request.body).hexdigest() != oid:
-            raise Refusal(400, "The content does not match its digest")
+            raise HubError(400, "The content does not match its digest")
         self.repos[key].objects[oid] = request.body
-        return Answer(200)
+        return Response(200)
 
-    def verify(self, request: Request, key: str, oid: str) -> Answer:
+    def verify(self, request: Request, key: str, oid: str) -> Response:
         if len(self._find(request, key).objects.get(oid, b"")) != request.json["size"]:
-            raise Refusal(404, "There is no such object")
-        return Answer.of({})
+            raise HubError(404, "There is no such object")
+        return Response.of({})
 
-    def commit(self, request: Request, repo: Repo, revision: str) -> Answer:
+    def commit(self, request: Request, repo: Repo, revision: str) -> Response:
         head, changes = repo.at(revision), [json.loads(line) for line in request.body.splitlines()]
         header = changes.pop(0)["value"]
         if not head.sha.startswith(header.get("parentCommit", "")):
-            raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+            raise HubError(412, "A commit has happened since. Please refresh and try again.")
         names = repo.pulls if request.proposes or revision in repo.pulls else repo.branches
         name = f"refs/pr/{len(repo.pulls) + 1}" if request.proposes else revision
         if not request.proposes and name not in names:
-            raise Refusal(400, f"{revision} is no branch")
+            raise HubError(400, f"{revision} is not a branch")
         tree = dict(head.tree)
         for change in changes:
             repo.change(tree, change["key"], change["value"])
         names[name] = sha = repo.add(head.sha, header["summary"], tree)
         page = f"{self.url}/{repo.key}"
         pull = {"pullRequestUrl": f"{page}/discussions/{len(repo.pulls)}"} if request.proposes else {}
-        return Answer.of({"success": True, "commitOid": sha, "commitUrl": f"{page}/commit/{sha}", **pull})
+        return Response.of({"success": True, "commitOid": sha, "commitUrl": f"{page}/commit/{sha}", **pull})
 
-    def resolve(self, request: Request, repo: Repo, revision: str, path: str) -> Answer:
+    def resolve(self, request: Request, repo: Repo, revision: str, path: str) -> Response:
         commit = repo.at(revision)
         headers = {"X-Repo-Commit": commit.sha}
         if path not in commit.tree:
-            raise Refusal(404, "Entry not found", "EntryNotFound", **headers)
+            raise HubError(404, "Entry not found", "EntryNotFound", **headers)
         blob, size = commit.tree[path], len(commit.tree[path].content)
         headers |= {"ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes"}
         headers |= {"X-Linked-Etag": f'"{blob.etag}"', "X-Linked-Size": str(size)} if blob.lfs else {}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
-        if not asked:
-            return Answer(200, blob.content, headers)
-        start, stop = int(asked[1]), min(int(asked[2] or size) + 1, size)
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
+        if not byte_range:
+            return Response(200, blob.content, headers)
+        start, stop = int(byte_range[1]), min(int(byte_range[2] or size) + 1, size)
         if start >= stop:
-            raise Refusal(416, "Range not satisfiable", **{"Content-Range": f"bytes */{size}"})
-        return Answer(206, blob.content[start:stop], headers | {"Content-Range": f"bytes {start}-{stop - 1}/{size}"})
+            raise HubError(416, "Range not satisfiable", **{"Content-Range": f"bytes */{size}"})
+        return Response(206, blob.content[start:stop], headers | {"Content-Range": f"bytes {start}-{stop - 1}/{size}"})
 
 
 REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
@@ -481,8 +483,8 @@ PAGE = r"/(?P<name>(?:(?:datasets|spaces)/)?[^/]+/[^/]+)"
 LARGE = r"/lfs/(?P<key>.+)/(?P<oid>[0-9a-f]{64})"
 AT = r"/(?P<revision>[^/]+)"
 
-# Method, path, handler, and whether only those may ask who may write to the repository.
-ROUTES: list[tuple[str, str, Callable[..., Answer], bool]] = [
+# Method, path, handler, and whether the request needs write access to the repository.
+ROUTES: list[tuple[str, str, Callable[..., Response], bool]] = [
     ("GET", "/api/whoami-v2", HubServer.whoami, False),
     ("POST", "/api/validate-yaml", HubServer.validate_yaml, False),
     ("POST", "/api/repos/create", HubServer.create_repo, False),

@@ -1,4 +1,4 @@
-"""Adaptations of tiny models to tiny collections."""
+"""Small adaptations: tiny models, tiny collections."""
 
 import json
 import random
@@ -9,35 +9,35 @@ from modeling_querit.files import write_jsonl
 
 ANIMALS = ["fox", "hen", "cow", "dog", "owl", "eel", "ant", "bee", "cat", "elk", "emu", "gnu"]
 PLACES = ["river", "forest", "meadow", "mountain", "harbour", "desert"]
-DOINGS = ["sleeps through the winter", "eats what it finds at night", "builds a home of twigs", "hunts in small groups"]
+HABITS = ["sleeps through the winter", "eats what it finds at night", "builds a home of twigs", "hunts in small groups"]
 
 
 def make_documents(count=36, seed=0):
-    """Sentences about animals, no two alike."""
+    """Different sentences about animals."""
     rng = random.Random(seed)
     documents = []
     for number in range(count):
-        animal, place, doing = ANIMALS[number % 12], PLACES[number // 2 % 6], DOINGS[number // 3 % 4]
-        text = f"The {animal} of the {place} number {number} {doing}. "
+        animal, place, habit = ANIMALS[number % 12], PLACES[number // 2 % 6], HABITS[number // 3 % 4]
+        text = f"The {animal} of the {place} number {number} {habit}. "
         text += f"It was first described by traveller {rng.randrange(1000)} near the {rng.choice(PLACES)}."
         documents.append({"_id": f"d{number}", "title": f"{animal} and {place} {number}", "text": text})
     return documents
 
 
 def write_collection(folder: Path, documents=None):
-    """A folder in the BEIR layout; every query asks for one document by its title."""
+    """Write a folder in the BEIR layout, whose queries are titles of documents."""
     documents = make_documents() if documents is None else documents
     write_jsonl(documents, folder / "corpus.jsonl")
-    queries = [{"_id": f"q{n}", "text": each["title"]} for n, each in enumerate(documents[:6])]
+    queries = [{"_id": f"q{n}", "text": document["title"]} for n, document in enumerate(documents[:6])]
     write_jsonl(queries, folder / "queries.jsonl")
     (folder / "qrels").mkdir()
-    lines = [f"q{n}\t{each['_id']}\t1\n" for n, each in enumerate(documents[:6])]
+    lines = [f"q{n}\t{document['_id']}\t1\n" for n, document in enumerate(documents[:6])]
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
     return folder
 
 
 def make_values(tmp_path, model, **sections):
-    """Settings as they stand in a YAML file."""
+    """Settings as in a YAML file."""
     values = {
         "output_dir": str(tmp_path / "run"),
         "corpus": {"source": str(tmp_path / "collection"), "sample": 12},
@@ -63,10 +63,15 @@ def make_settings(tmp_path, model, **sections):
     return AdaptSettings.model_validate(make_values(tmp_path, model, **sections))
 
 
-def dataset_of(run: Path):
-    """Everything that the stages before training have written."""
+def data_of(run: Path):
+    """Contents of the files that the stages before training have written."""
     return {path.name: path.read_bytes() for path in sorted((run / "data").iterdir())}
 
 
 def manifest_of(run: Path):
     return json.loads((run / "manifest.json").read_text())
+
+
+def lines_of(path: Path):
+    """Values of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,12 +1,16 @@
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import tiny
+
+from modeling_querit.cli import app
 
 LINES = ["a novel by lee", "who wrote the book is unknown", "x"]
 
@@ -29,18 +33,18 @@ def expected_of(model, documents):
     ]
 
 
-def test_json_best_first(querit, model, saved_folder, documents):
+def test_json_is_best_first(querit, model, saved_folder, documents):
     code, out, _ = rerank(querit, saved_folder, "--json", documents)
     assert code == 0
     assert json.loads(out) == {"model": str(saved_folder), "results": expected_of(model, LINES)}
 
 
-def test_top_k(querit, model, saved_folder, documents):
+def test_top_k_limits_the_results(querit, model, saved_folder, documents):
     _, out, _ = rerank(querit, saved_folder, "--json", "--top-k", "1", documents)
     assert json.loads(out)["results"] == expected_of(model, LINES)[:1]
 
 
-def test_jsonl_keeps_titles_and_whatever_else_a_row_has(querit, model, saved_folder, tmp_path):
+def test_jsonl_rows_are_returned_whole(querit, model, saved_folder, tmp_path):
     rows = [{"_id": "7", "title": "The book", "text": "who wrote it"}, "plain", {"text": "ü"}]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -49,12 +53,15 @@ def test_jsonl_keeps_titles_and_whatever_else_a_row_has(querit, model, saved_fol
 
 
 @pytest.mark.parametrize("text", ["a novel\nx\n", '{"text": "a novel"}\n{"text": "x"}\n', "\ufeffa novel\r\nx\r\n"])
-def test_standard_input(querit, monkeypatch, saved_folder, text):
+def test_documents_come_from_standard_input(querit, monkeypatch, saved_folder, text):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     code, out, _ = rerank(querit, saved_folder, "--json")
-    found = [each["document"] for each in json.loads(out)["results"]]
+    documents = [result["document"] for result in json.loads(out)["results"]]
     assert code == 0
-    assert sorted(each["text"] if isinstance(each, dict) else each for each in found) == ["a novel", "x"]
+    assert sorted(document["text"] if isinstance(document, dict) else document for document in documents) == [
+        "a novel",
+        "x",
+    ]
 
 
 def test_a_table_shows_brackets_as_they_are(querit, saved_folder, tmp_path):
@@ -74,7 +81,7 @@ def test_a_table_shows_brackets_as_they_are(querit, saved_folder, tmp_path):
         ("empty.txt", b" \n\n", "is empty"),
         ("broken.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3"),
         ("textless.jsonl", b'{"title": "a"}\n', "line 1: a document is a string or an object with a 'text'"),
-        ("latin.txt", "für".encode("latin-1"), "is not UTF-8"),
+        ("latin.txt", "für".encode("latin-1"), "line 1: 'utf-8' codec can't decode byte 0xfc"),
         ("title.jsonl", b'{"text": "a", "title": 5}\n', "line 1: the title is not a string"),
         ("deep.jsonl", b"[" * 100_000 + b"\n", "line 1: "),
     ],
@@ -97,31 +104,33 @@ def test_an_unknown_model_gives_one_line_and_code_2(querit, documents, name):
     assert err.count("\n") == 1
 
 
-def test_an_unknown_device(querit, saved_folder, documents):
+def test_an_unknown_device_is_named(querit, saved_folder, documents):
     code, _, err = rerank(querit, saved_folder, "--device", "nonsense", documents)
     assert code == 2
     assert "--device nonsense" in err
     assert err.count("\n") == 1
 
 
-def test_no_standard_input(querit, monkeypatch, saved_folder):
+def test_a_missing_standard_input_is_named(querit, monkeypatch, saved_folder):
     monkeypatch.setattr(sys, "stdin", None)
     code, _, err = rerank(querit, saved_folder)
     assert (code, err) == (2, "querit: There is no standard input: name a file.\n")
 
 
-@pytest.mark.parametrize("more", [[], ["--json"]])
-def test_what_cannot_be_written_is_escaped(querit, saved_folders, tmp_path, monkeypatch, more):
+@pytest.mark.parametrize(
+    ("options", "expected"), [([], "a\ufffdb".encode()), (["--json"], b"a\\ud800b")], ids=["table", "json"]
+)
+def test_a_lone_surrogate_is_replaced_or_escaped(querit, saved_folders, tmp_path, monkeypatch, options, expected):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a\\ud800b"}\n')
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8", write_through=True))
-    code, _, _ = querit("rerank", "--query", "ü", "--model", saved_folders("qwen3"), path, *more)
+    code, _, _ = querit("rerank", "--query", "\ud800", "--model", saved_folders("qwen3"), path, *options)
     assert code == 0
-    assert b"\\ud800" in written.getvalue()
+    assert expected in written.getvalue()
 
 
-def test_a_damaged_weight_file(querit, saved_folder, documents, tmp_path):
+def test_a_damaged_weight_file_is_named(querit, saved_folder, documents, tmp_path):
     shutil.copytree(saved_folder, tmp_path / "damaged")
     weights = tmp_path / "damaged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -130,13 +139,13 @@ def test_a_damaged_weight_file(querit, saved_folder, documents, tmp_path):
     assert "damaged or cut short" in err
 
 
-def test_top_k_below_one(querit, saved_folder, documents):
+def test_top_k_below_one_is_refused(querit, saved_folder, documents):
     code, _, err = rerank(querit, saved_folder, "--top-k", "0", documents)
     assert code == 2
     assert "--top-k is 0" in err
 
 
-def test_convert(querit, model, tmp_path):
+def test_convert_writes_a_folder(querit, model, tmp_path):
     source = tiny.write_published(tmp_path / "source", model, tiny.published_tensors(model))
     code, out, _ = querit("convert", str(source), str(tmp_path / "new"))
     assert (code, out) == (0, f"Wrote {tmp_path / 'new'}\n")
@@ -146,55 +155,91 @@ def test_convert(querit, model, tmp_path):
     assert "exists: name a new folder" in err
 
 
-def test_train_names_what_is_missing(querit, tmp_path):
+def test_train_names_missing_data(querit, tmp_path):
     code, _, err = querit("train", "--output_dir", str(tmp_path / "out"), "--use_cpu", "True")
     assert code == 2
     assert "nothing to train on" in err
 
 
-def test_the_console_script_is_installed():
-    done = subprocess.run(
-        [Path(sys.executable).with_name("querit"), "--help"], capture_output=True, text=True, check=True
-    )
-    assert all(command in done.stdout for command in ("rerank", "train", "convert"))
+def test_convert_names_its_layouts(querit, saved_folder, tmp_path):
+    code, _, err = querit("convert", saved_folder, tmp_path / "new", "--to", "gguf")
+    assert code == 2
+    assert "'querit', 'published', 'seq-cls'" in err
 
 
-def run_in_a_process(program, stdout=subprocess.PIPE):
-    program = f"import sys; sys.argv = ['querit', '--help']; {program}; from modeling_querit.cli import run; run()"
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+
+
+def test_help_lists_the_commands(querit):
+    code, out, _ = querit("--help")
+    assert code == 0
+    assert re.findall(r"^  ([a-z]+)  ", out, re.MULTILINE) == COMMANDS
+    assert {"rerank", "train", "adapt", "merge", "convert"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_has_an_example(querit, command):
+    code, out, _ = querit(command, "--help")
+    assert code == 0
+    assert f"Example: querit {command} " in " ".join(out.split())
+
+
+def test_version(querit):
+    assert querit("--version") == (0, f"querit {version('modeling-querit')}\n", "")
+
+
+def test_shell_completion_can_be_installed(querit):
+    _, out, _ = querit("--help")
+    assert "--install-completion" in out
+
+
+def run_process(*arguments, stdout=subprocess.PIPE, program=""):
+    """A fresh process of the command line, after some Python."""
+    program = f"{program}; from modeling_querit.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
 
 
-def test_a_process_ends_with_all_said_and_without_taking_the_interpreter_down():
-    # What is left to be collected by the interpreter says so.
-    class_ = "type('Left', (), {'__del__': lambda self: print('collected')})"
-    done = run_in_a_process(f"import atexit; atexit.register(print, 'at exit'); left = {class_}()")
-    assert done.returncode == 0
-    assert done.stdout.startswith("Usage")
-    assert done.stdout.endswith("at exit\n")
+def test_the_console_script_is_installed():
+    script = Path(sys.executable).with_name("querit")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"querit {version('modeling-querit')}\n"
 
 
-def test_what_threads_are_at_is_done_before_a_process_ends(tmp_path):
-    work = f"(time.sleep(0.5), pathlib.Path({str(tmp_path / 'done')!r}).touch())"
-    done = run_in_a_process(
-        "import pathlib, time; from concurrent.futures import ThreadPoolExecutor; pool = ThreadPoolExecutor(1); "
-        f"pool.submit(lambda: {work})"
-    )
-    assert done.returncode == 0
-    assert (tmp_path / "done").exists()
+AT_EXIT = "import atexit, sys; atexit.register(lambda: print(sorted({} & sys.modules.keys()), file=sys.stderr))"
 
 
-def test_a_profiler_may_write_what_it_found(tmp_path):
-    profile = tmp_path / "profile"
-    command = [sys.executable, "-m", "cProfile", "-o", str(profile), "-m", "modeling_querit", "--help"]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-    assert profile.exists()
+def test_help_imports_neither_torch_nor_transformers():
+    heavy = {"torch", "transformers", "numpy", "pyarrow", "rich"}
+    done = run_process("--help", program=AT_EXIT.format(heavy))
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+
+
+@pytest.mark.slow
+def test_rerank_prints_nothing_but_its_result(saved_folder, documents):
+    pytest.importorskip("torchao")
+    program = AT_EXIT.format({"torch", "torchao.utils"})
+    done = run_process("rerank", "--query", tiny.QUERY, "--model", saved_folder, "--json", documents, program=program)
+    assert (done.returncode, done.stderr) == (0, "['torch']\n")
+    assert len(json.loads(done.stdout)["results"]) == len(LINES)
+
+
+@pytest.mark.slow
+def test_torchao_is_imported_for_int8(saved_folder, documents):
+    pytest.importorskip("torchao")
+    options = ["--model", saved_folder, "--json", "--int8", documents]
+    done = run_process("rerank", "--query", tiny.QUERY, *options, program=AT_EXIT.format({"torchao.utils"}))
+    assert (done.returncode, done.stderr) == (0, "['torchao.utils']\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_what_could_not_be_printed_is_no_success():
+def test_output_that_cannot_be_written_is_an_error():
     with open("/dev/full", "w") as full:
-        done = run_in_a_process("pass", stdout=full)
+        done = run_process("--help", stdout=full, program="pass")
     assert done.returncode != 0
     assert "No space left" in done.stderr

@@ -66,9 +66,9 @@ def test_text_config_may_be_a_config_or_a_dict(architecture, as_dict):
 
 
 def test_a_text_config_dict_is_not_changed():
-    given = {"model_type": "deepseek_v3", "hidden_size": 64}
-    QueritConfig(text_config=given)
-    assert given == {"model_type": "deepseek_v3", "hidden_size": 64}
+    text_config = {"model_type": "deepseek_v3", "hidden_size": 64}
+    QueritConfig(text_config=text_config)
+    assert text_config == {"model_type": "deepseek_v3", "hidden_size": 64}
 
 
 @pytest.mark.parametrize("text_config", [{"hidden_size": 64}, {"model_type": "no_such_decoder"}])

@@ -30,19 +30,19 @@ def git(tmp_path, monkeypatch):
     return run
 
 
-def test_versions():
+def test_versions_are_those_of_the_installed_packages():
     versions = environment()["versions"]
     for package in ("torch", "transformers", "tokenizers", "safetensors", "peft", "modeling-querit"):
         assert versions[package] == version(package)
     assert json.loads(json.dumps(versions)) == versions
 
 
-def test_a_package_that_is_not_there(monkeypatch):
+def test_the_version_of_a_missing_package_is_none(monkeypatch):
     monkeypatch.setattr(module, "_PACKAGES", ("torch", "no-such-package-of-ours"))
     assert environment()["versions"] == {"torch": version("torch"), "no-such-package-of-ours": None}
 
 
-def test_revision(git):
+def test_the_revision_tells_of_modified_files(git):
     assert environment()["git_revision"] is None
     git("commit", "--quiet", "-m", "one")
     commit = git("rev-parse", "HEAD")
@@ -54,7 +54,7 @@ def test_revision(git):
     assert environment()["git_revision"] == git("rev-parse", "HEAD") != commit
 
 
-def test_a_file_that_git_does_not_know_changes_nothing(git):
+def test_an_untracked_file_is_not_a_modification(git):
     git("commit", "--quiet", "-m", "one")
     with open("other", "w") as file:
         file.write("")
@@ -68,13 +68,13 @@ def test_a_revision_with_a_tag_is_still_found(git):
     assert git("rev-parse", environment()["git_revision"]) == git("rev-parse", "HEAD")
 
 
-def test_outside_of_git(tmp_path, monkeypatch):
+def test_there_is_no_revision_outside_of_git(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.chdir(tmp_path)
     assert environment()["git_revision"] is None
 
 
-def test_without_git(git, monkeypatch, tmp_path):
+def test_there_is_no_revision_without_git(git, monkeypatch, tmp_path):
     git("commit", "--quiet", "-m", "one")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment()["git_revision"] is None

@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import json
 import os
@@ -8,61 +9,70 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from modeling_querit.files import jsonl_sha256, replacing, sha256, write_json, write_jsonl, writing_in
+from modeling_querit.files import (
+    atomic_write,
+    explain_full_disk,
+    jsonl_sha256,
+    read_jsonl,
+    read_lines,
+    sha256,
+    write_json,
+    write_jsonl,
+)
 
 
 @pytest.fixture
 def path(tmp_path):
-    path = tmp_path / "figures.json"
+    path = tmp_path / "metrics.json"
     path.write_text("before")
     return path
 
 
 def names(path):
-    return [each.name for each in path.parent.iterdir()]
+    return [sibling.name for sibling in path.parent.iterdir()]
 
 
-def test_what_was_there_stays_until_the_end(path):
-    with replacing(path) as aside:
-        aside.write_text("after")
-        assert aside.parent == path.parent
+def test_the_previous_file_stays_until_the_new_one_is_complete(path):
+    with atomic_write(path) as temporary:
+        temporary.write_text("after")
+        assert temporary.parent == path.parent
         assert path.read_text() == "before"
     assert path.read_text() == "after"
-    assert names(path) == ["figures.json"]
+    assert names(path) == ["metrics.json"]
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit])
-def test_after_an_error_everything_is_as_before(path, error):
+def test_an_error_leaves_the_previous_file(path, error):
     def fail():
-        with replacing(path) as aside:
-            aside.write_text("half of i")
+        with atomic_write(path) as temporary:
+            temporary.write_text("half of i")
             raise error
 
     with pytest.raises(error):
         fail()
     assert path.read_text() == "before"
-    assert names(path) == ["figures.json"]
+    assert names(path) == ["metrics.json"]
 
 
-def test_folders_are_made(tmp_path):
+def test_missing_folders_are_made(tmp_path):
     write_json({}, str(tmp_path / "a" / "b" / "c.json"))
     assert (tmp_path / "a" / "b" / "c.json").read_text() == "{}\n"
 
 
-def test_a_file_that_was_not_written_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "x.json"):
+def test_a_block_that_writes_nothing_makes_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "x.json"):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")
-def test_a_full_disk(path):
-    path.with_name("figures.json.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"The disk is full: .*figures\.json could not be written.*make room") as caught:
+def test_a_full_disk_is_named(path):
+    path.with_name("metrics.json.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"The disk is full: .*metrics\.json .*free some space") as caught:
         write_jsonl([{"a": 1}], path)
     assert caught.value.errno == 28
     assert path.read_text() == "before"
-    assert names(path) == ["figures.json"]
+    assert names(path) == ["metrics.json"]
 
 
 @pytest.mark.parametrize(
@@ -73,39 +83,39 @@ def test_a_full_disk(path):
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 6400 vs 6292"),
     ],
 )
-def test_a_full_disk_in_the_words_of_libraries(tmp_path, error):
+def test_a_full_disk_that_a_library_reports(tmp_path, error):
     def fail(error, folder):
-        with writing_in(folder):
+        with explain_full_disk(folder):
             raise error
 
     with pytest.raises(OSError, match=f"The disk is full: {tmp_path} could not be written") as caught:
         fail(error, tmp_path)
     assert caught.value.errno == 28
-    # Said once already.
+    # The message is not repeated.
     with pytest.raises(OSError, match="full") as again:
         fail(caught.value, "elsewhere")
     assert again.value is caught.value
 
 
-def test_other_errors_while_writing_stay_what_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="another"), writing_in(tmp_path):
+def test_other_errors_of_libraries_are_unchanged(tmp_path):
+    with pytest.raises(RuntimeError, match="another"), explain_full_disk(tmp_path):
         raise RuntimeError("another")
 
 
-def test_other_errors_of_the_system_stay_what_they_are(tmp_path):
+def test_other_errors_of_the_system_are_unchanged(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises((FileExistsError, NotADirectoryError)):
         write_json({}, tmp_path / "file" / "x.json")
 
 
-def test_a_remainder_of_a_killed_process_is_no_obstacle(path):
-    path.with_name("figures.json.part").write_text("half of something that is longer than what comes now")
+def test_the_temporary_file_of_a_killed_process_is_overwritten(path):
+    path.with_name("metrics.json.part").write_text("half of something that is longer than what comes now")
     write_json([1], path)
     assert json.loads(path.read_text()) == [1]
-    assert names(path) == ["figures.json"]
+    assert names(path) == ["metrics.json"]
 
 
-def test_json(path, tmp_path):
+def test_json_is_indented_and_unknown_values_are_strings(path, tmp_path):
     write_json({"b": "é", "a": tmp_path}, path)
     assert path.read_text(encoding="utf-8") == f'{{\n  "b": "é",\n  "a": "{tmp_path}"\n}}\n'
 
@@ -118,14 +128,14 @@ JSON = st.recursive(
 
 
 @given(st.lists(JSON, max_size=5))
-def test_a_line_for_each_row(tmp_path, rows):
+def test_each_row_is_a_line(tmp_path, rows):
     write_jsonl(iter(rows), tmp_path / "rows.jsonl")
     *lines, last = (tmp_path / "rows.jsonl").read_bytes().split(b"\n")
     assert [json.loads(line) for line in lines] == rows
     assert last == b""
 
 
-def test_rows_that_end_in_an_error_leave_what_was_there(path):
+def test_rows_that_raise_leave_the_previous_file(path):
     def rows():
         yield {}
         raise RuntimeError
@@ -135,11 +145,11 @@ def test_rows_that_end_in_an_error_leave_what_was_there(path):
     with pytest.raises(TypeError):
         write_jsonl([object()], path)
     assert path.read_text() == "before"
-    assert names(path) == ["figures.json"]
+    assert names(path) == ["metrics.json"]
 
 
 @given(st.binary())
-def test_sha256(tmp_path, content):
+def test_sha256_of_a_file(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
@@ -150,3 +160,57 @@ def test_the_hash_of_rows_is_that_of_their_file(path):
     assert jsonl_sha256(rows, default=str) == sha256(path)
     with pytest.raises(TypeError):
         jsonl_sha256(rows)
+
+
+@given(st.lists(JSON, max_size=5))
+def test_rows_are_read_as_they_were_written(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(rows, path)
+    expected = [(f"{path}, line {number}", row) for number, row in enumerate(rows, start=1)]
+    assert list(read_jsonl(path)) == expected
+    zipped = path.with_name("zipped.jsonl.gz")
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    assert [row for _, row in read_jsonl(zipped)] == rows
+
+
+def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf1\r\n \n\n2")
+    assert list(read_jsonl(path)) == [(f"{path}, line 1", 1), (f"{path}, line 4", 2)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "rows.jsonl, line 2: Expecting"),
+        (b'"\xff"', "rows.jsonl, line 2: .*; save it as UTF-8"),
+        (b"[" * 99_999, "line 2"),
+    ],
+    ids=["broken", "latin-1", "deep"],
+)
+def test_a_broken_line_is_named_or_handed_over(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"1\n" + line + b"\n3\n")
+    with pytest.raises(ValueError, match=message):
+        list(read_jsonl(path))
+    errors = []
+    rows = [row for _, row in read_jsonl(path, on_error=lambda error, line: errors.append((str(error), line)))]
+    assert rows == [1, 3]
+    ((error, raw_line),) = errors
+    assert f"{path}, line 2: " in error
+    assert raw_line == line
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"1\n", lambda data: data[:20] + bytes(30)])
+def test_a_damaged_gzip_file_is_named(tmp_path, damage):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(b"1\n2\n" * 1000)))
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz is cut off after line \d+, or is not a gzip file"):
+        list(read_jsonl(path))
+
+
+def test_lines_of_an_open_file_have_the_name_that_is_given(path):
+    with path.open("rb") as file:
+        assert list(read_lines(file, "standard input")) == [("standard input, line 1", b"before")]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        next(read_lines(path.with_name("nowhere")))

@@ -1,4 +1,4 @@
-"""The Hub of the tests, asked by the real client."""
+"""The local Hub of the tests, used by the real client."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-NAME = "someone/model"
+REPO_ID = "someone/model"
 FILES = {
     "README.md": b"---\nlicense: mit\n---\n# A model\n",
     "config.json": b"{}",
@@ -41,8 +41,8 @@ def api(hub):
 
 @pytest.fixture
 def repo(api, hub):
-    api.create_repo(NAME)
-    return hub.repos[NAME]
+    api.create_repo(REPO_ID)
+    return hub.repos[REPO_ID]
 
 
 @pytest.fixture
@@ -62,129 +62,129 @@ def status(failed):
     return failed.value.response.status_code
 
 
-def test_a_folder_goes_up_in_one_commit_and_comes_back(api, hub, repo, folder, tmp_path):
-    info = api.upload_folder(repo_id=NAME, folder_path=folder, commit_message="All of it")
+def test_a_folder_is_uploaded_in_one_commit_and_downloaded(api, hub, repo, folder, tmp_path):
+    info = api.upload_folder(repo_id=REPO_ID, folder_path=folder, commit_message="All of it")
     assert repo.files() == FILES | {".gitattributes": GITATTRIBUTES}
     assert [path for path, blob in repo.at().tree.items() if blob.lfs] == ["model.safetensors"]
     assert [commit.title for commit in repo.history()] == ["All of it", "initial commit"]
     assert info.oid == repo.branches["main"]
-    assert info.repo_url.repo_id == NAME
+    assert info.repo_url.repo_id == REPO_ID
 
-    api.create_tag(NAME, tag="v1.0")
+    api.create_tag(REPO_ID, tag="v1.0")
     with pytest.raises(HfHubHTTPError) as failed:
-        api.create_tag(NAME, tag="v1.0")
+        api.create_tag(REPO_ID, tag="v1.0")
     assert status(failed) == 409
-    api.create_tag(NAME, tag="v1.0", exist_ok=True)
-    api.upload_file(repo_id=NAME, path_in_repo="config.json", path_or_fileobj=b'{"a": 1}')
+    api.create_tag(REPO_ID, tag="v1.0", exist_ok=True)
+    api.upload_file(repo_id=REPO_ID, path_in_repo="config.json", path_or_fileobj=b'{"a": 1}')
     assert repo.tags == {"v1.0": info.oid}
     assert repo.files()["config.json"] == b'{"a": 1}'
 
-    got = api.snapshot_download(NAME, revision="v1.0", cache_dir=tmp_path / "hub")
+    got = api.snapshot_download(REPO_ID, revision="v1.0", cache_dir=tmp_path / "hub")
     assert read(got) == repo.files("v1.0")
     assert Path(got).name == info.oid
-    one = api.hf_hub_download(NAME, "nested/note with spaces.txt", cache_dir=tmp_path / "again")
+    one = api.hf_hub_download(REPO_ID, "nested/note with spaces.txt", cache_dir=tmp_path / "again")
     assert Path(one).read_bytes() == FILES["nested/note with spaces.txt"]
     with pytest.raises(RemoteEntryNotFoundError):
-        api.hf_hub_download(NAME, "nothing.txt", cache_dir=tmp_path / "again")
+        api.hf_hub_download(REPO_ID, "nothing.txt", cache_dir=tmp_path / "again")
 
 
-def test_listings(api, hub, repo, folder):
-    api.upload_folder(repo_id=NAME, folder_path=folder)
-    api.create_branch(NAME, branch="old", revision=repo.history()[1].sha)
-    assert api.repo_exists(NAME)
+def test_repositories_are_listed(api, hub, repo, folder):
+    api.upload_folder(repo_id=REPO_ID, folder_path=folder)
+    api.create_branch(REPO_ID, branch="old", revision=repo.history()[1].sha)
+    assert api.repo_exists(REPO_ID)
     assert not api.repo_exists("someone/other")
-    assert sorted(api.list_repo_files(NAME)) == sorted(repo.files())
-    assert api.list_repo_files(NAME, revision="old") == [".gitattributes"]
-    assert [entry.path for entry in api.list_repo_tree(NAME, "nested")] == [
+    assert sorted(api.list_repo_files(REPO_ID)) == sorted(repo.files())
+    assert api.list_repo_files(REPO_ID, revision="old") == [".gitattributes"]
+    assert [entry.path for entry in api.list_repo_tree(REPO_ID, "nested")] == [
         "nested/deeper",
         "nested/note with spaces.txt",
     ]
-    large, nested = api.get_paths_info(NAME, ["model.safetensors", "nested", "nothing"])
+    large, nested = api.get_paths_info(REPO_ID, ["model.safetensors", "nested", "nothing"])
     blob = repo.at().tree["model.safetensors"]
     assert (large.size, large.blob_id, large.lfs.sha256) == (len(blob.content), blob.oid, blob.sha256)
     assert nested.path == "nested"
-    siblings = {each.rfilename: each for each in api.model_info(NAME, files_metadata=True).siblings}
+    siblings = {sibling.rfilename: sibling for sibling in api.model_info(REPO_ID, files_metadata=True).siblings}
     assert siblings["model.safetensors"].lfs.sha256 == blob.sha256
     assert siblings["config.json"].blob_id == repo.at().tree["config.json"].oid
-    assert api.model_info(NAME, revision="old").sha == repo.branches["old"]
-    refs = api.list_repo_refs(NAME)
+    assert api.model_info(REPO_ID, revision="old").sha == repo.branches["old"]
+    refs = api.list_repo_refs(REPO_ID)
     assert {ref.name: ref.target_commit for ref in refs.branches} == repo.branches
     with pytest.raises(RevisionNotFoundError):
-        api.model_info(NAME, revision="nothing")
+        api.model_info(REPO_ID, revision="nothing")
 
 
-def test_commits_delete_and_look_at_their_parent(api, repo, folder):
-    first = api.upload_folder(repo_id=NAME, folder_path=folder)
+def test_commits_delete_files_and_check_their_parent(api, repo, folder):
+    first = api.upload_folder(repo_id=REPO_ID, folder_path=folder)
     changes = [CommitOperationDelete("nested/"), CommitOperationDelete("empty.txt")]
-    api.create_commit(NAME, changes, commit_message="Less", parent_commit=first.oid)
+    api.create_commit(REPO_ID, changes, commit_message="Less", parent_commit=first.oid)
     assert set(repo.files()) == {".gitattributes", "README.md", "config.json", "model.safetensors"}
-    for number, given in [(412, {"parent_commit": first.oid}), (404, {"revision": "nothing"})]:
+    for code, arguments in [(412, {"parent_commit": first.oid}), (404, {"revision": "nothing"})]:
         with pytest.raises(HfHubHTTPError) as failed:
-            api.upload_file(repo_id=NAME, path_in_repo="late.txt", path_or_fileobj=b"late", **given)
-        assert status(failed) == number
+            api.upload_file(repo_id=REPO_ID, path_in_repo="late.txt", path_or_fileobj=b"late", **arguments)
+        assert status(failed) == code
 
 
-def test_commits_leave_out_what_is_known_or_ignored(api, repo):
-    api.upload_file(repo_id=NAME, path_in_repo=".gitignore", path_or_fileobj=b"*.log\n")
+def test_known_and_ignored_files_are_not_committed(api, repo):
+    api.upload_file(repo_id=REPO_ID, path_in_repo=".gitignore", path_or_fileobj=b"*.log\n")
     for _ in range(2):
         add = [CommitOperationAdd("logs/a.log", b"a"), CommitOperationAdd("a.txt", b"a")]
-        api.create_commit(NAME, add, commit_message="Twice")
+        api.create_commit(REPO_ID, add, commit_message="Twice")
     assert set(repo.files()) == {".gitattributes", ".gitignore", "a.txt"}
 
 
 def test_a_pull_request_leaves_the_branch_alone(hub, repo):
     other = HfApi(endpoint=hub.url, token="hf_other")
     add = CommitOperationAdd("model.safetensors", b"weights")
-    info = other.create_commit(NAME, [add], commit_message="Please", create_pr=True)
-    assert info.pr_url == f"{hub.url}/{NAME}/discussions/1"
+    info = other.create_commit(REPO_ID, [add], commit_message="Please", create_pr=True)
+    assert info.pr_url == f"{hub.url}/{REPO_ID}/discussions/1"
     assert repo.files("refs/pr/1") == {".gitattributes": GITATTRIBUTES, "model.safetensors": b"weights"}
     assert "model.safetensors" not in repo.files()
     api = HfApi(endpoint=hub.url, token="hf_good")
-    api.upload_file(repo_id=NAME, path_in_repo="more.txt", path_or_fileobj=b"more", revision="refs/pr/1")
+    api.upload_file(repo_id=REPO_ID, path_in_repo="more.txt", path_or_fileobj=b"more", revision="refs/pr/1")
     assert repo.files("refs/pr/1")["more.txt"] == b"more"
 
 
-def test_who_may_do_what(api, hub, repo):
+def test_permissions_are_checked(api, hub, repo):
     wrong, other, nobody = (HfApi(endpoint=hub.url, token=token) for token in ("hf_bad", "hf_other", False))
     assert api.whoami()["name"] == "someone"
     assert [org["name"] for org in api.whoami()["orgs"]] == ["team"]
     with pytest.raises(HfHubHTTPError) as failed:
         wrong.whoami()
     assert status(failed) == 401
-    for refused, number in [(lambda: other.create_repo("someone/new"), 403), (lambda: api.create_repo(NAME), 409)]:
+    for refused, code in [(lambda: other.create_repo("someone/new"), 403), (lambda: api.create_repo(REPO_ID), 409)]:
         with pytest.raises(HfHubHTTPError) as failed:
             refused()
-        assert status(failed) == number
-    api.create_repo(NAME, exist_ok=True)
+        assert status(failed) == code
+    api.create_repo(REPO_ID, exist_ok=True)
     with pytest.raises(HfHubHTTPError) as failed:
-        other.upload_file(repo_id=NAME, path_in_repo="a", path_or_fileobj=b"a")
+        other.upload_file(repo_id=REPO_ID, path_in_repo="a", path_or_fileobj=b"a")
     assert status(failed) == 403
     api.create_repo("team/hidden", private=True)
     assert hub.repos["team/hidden"].private
     assert api.repo_exists("team/hidden")
-    for stranger, number in [(other, 404), (nobody, 401)]:
+    for client, code in [(other, 404), (nobody, 401)]:
         with pytest.raises(RepositoryNotFoundError) as failed:
-            stranger.model_info("team/hidden")
-        assert status(failed) == number
-    assert nobody.model_info(NAME).sha == repo.branches["main"]
+            client.model_info("team/hidden")
+        assert status(failed) == code
+    assert nobody.model_info(REPO_ID).sha == repo.branches["main"]
 
 
-def test_what_was_sent_once_is_not_sent_again(api, hub, repo, folder):
+def test_large_files_are_not_uploaded_twice(api, hub, repo, folder):
     hub.faults.append(Fault("POST", "/commit/main$"))
     with pytest.raises(HfHubHTTPError) as failed:
-        api.upload_folder(repo_id=NAME, folder_path=folder)
+        api.upload_folder(repo_id=REPO_ID, folder_path=folder)
     assert status(failed) == 503
     assert repo.files() == {".gitattributes": GITATTRIBUTES}
-    api.upload_folder(repo_id=NAME, folder_path=folder)
+    api.upload_folder(repo_id=REPO_ID, folder_path=folder)
     assert repo.files() == FILES | {".gitattributes": GITATTRIBUTES}
     assert hub.count("PUT", LARGE) == 1
     assert not hub.faults
 
 
-def test_a_commit_whose_answer_is_lost_is_made(api, hub, repo):
+def test_a_commit_whose_answer_is_lost_is_kept(api, hub, repo):
     hub.faults.append(Fault("POST", "/commit/main$", lost=True))
     with pytest.raises(Exception, match="disconnected without sending a response"):
-        api.upload_file(repo_id=NAME, path_in_repo="a", path_or_fileobj=b"a")
+        api.upload_file(repo_id=REPO_ID, path_in_repo="a", path_or_fileobj=b"a")
     assert repo.files()["a"] == b"a"
 
 
@@ -192,27 +192,27 @@ def test_a_commit_whose_answer_is_lost_is_made(api, hub, repo):
     ("method", "path"), [("POST", "/preupload/main$"), ("PUT", LARGE)], ids=["preupload", "large file"]
 )
 @pytest.mark.parametrize("fault", [{"status": 503}, {"cut": True}], ids=["refused", "cut"])
-def test_the_client_tries_again(api, hub, repo, folder, method, path, fault):
+def test_the_client_retries(api, hub, repo, folder, method, path, fault):
     hub.faults.append(Fault(method, path, **fault))
-    api.upload_folder(repo_id=NAME, folder_path=folder)
+    api.upload_folder(repo_id=REPO_ID, folder_path=folder)
     assert repo.files() == FILES | {".gitattributes": GITATTRIBUTES}
     assert hub.count(method, path) == 2
 
 
-def test_a_download_goes_on_where_it_was_cut(api, hub, repo, folder, tmp_path):
-    api.upload_folder(repo_id=NAME, folder_path=folder)
+def test_a_broken_download_resumes(api, hub, repo, folder, tmp_path):
+    api.upload_folder(repo_id=REPO_ID, folder_path=folder)
     hub.faults.append(Fault("GET", "/resolve/.*/model.safetensors$", cut=True))
-    got = api.hf_hub_download(NAME, "model.safetensors", cache_dir=tmp_path / "hub")
+    got = api.hf_hub_download(REPO_ID, "model.safetensors", cache_dir=tmp_path / "hub")
     assert Path(got).read_bytes() == FILES["model.safetensors"]
     assert hub.count("GET", "/resolve/main/model.safetensors$") == 2
     hub.faults.append(Fault("GET", "/resolve/.*/config.json$", status=500, after=1, times=2))
-    api.hf_hub_download(NAME, "config.json", cache_dir=tmp_path / "hub")
+    api.hf_hub_download(REPO_ID, "config.json", cache_dir=tmp_path / "hub")
     with pytest.raises((HfHubHTTPError, LocalEntryNotFoundError)):
-        api.hf_hub_download(NAME, "config.json", cache_dir=tmp_path / "other")
+        api.hf_hub_download(REPO_ID, "config.json", cache_dir=tmp_path / "other")
     assert [fault.times for fault in hub.faults] == [1]
 
 
-def test_a_process_of_its_own_needs_only_the_environment(hub, folder, tmp_path):
+def test_a_fresh_process_needs_only_the_environment(hub, folder, tmp_path):
     script = """
 import json, sys
 from huggingface_hub import create_repo, snapshot_download, upload_folder, whoami
@@ -220,7 +220,7 @@ url = create_repo("someone/model", private=True)
 info = upload_folder(repo_id="someone/model", folder_path=sys.argv[1])
 print(json.dumps([whoami()["name"], url, info.oid, snapshot_download("someone/model")]))
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script, str(folder)],
         env=hub.environment(tmp_path / "home", token="hf_good"),
         cwd=tmp_path,
@@ -228,7 +228,7 @@ print(json.dumps([whoami()["name"], url, info.oid, snapshot_download("someone/mo
         text=True,
         check=True,
     )
-    name, url, oid, got = json.loads(done.stdout)
-    assert (name, url, oid) == ("someone", f"{hub.url}/{NAME}", hub.repos[NAME].branches["main"])
+    name, url, oid, got = json.loads(process.stdout)
+    assert (name, url, oid) == ("someone", f"{hub.url}/{REPO_ID}", hub.repos[REPO_ID].branches["main"])
     assert Path(got).is_relative_to(tmp_path / "home")
     assert read(got) == FILES | {".gitattributes": GITATTRIBUTES}

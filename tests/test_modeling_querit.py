@@ -12,13 +12,13 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
 def padded(ids, side, extra=0):
-    """Input ids and 2-D mask, padded with ids that would matter if they were read."""
+    """Input ids and 2-D mask, padded with ids that would change the scores if they were read."""
     width = max(map(len, ids)) + extra
     rows, masks = [], []
-    for each in ids:
-        padding, zeros = [7] * (width - len(each)), [0] * (width - len(each))
-        rows.append(padding + each if side == "left" else each + padding)
-        masks.append(zeros + [1] * len(each) if side == "left" else [1] * len(each) + zeros)
+    for text in ids:
+        padding, zeros = [7] * (width - len(text)), [0] * (width - len(text))
+        rows.append(padding + text if side == "left" else text + padding)
+        masks.append(zeros + [1] * len(text) if side == "left" else [1] * len(text) + zeros)
     return torch.tensor(rows), torch.tensor(masks)
 
 
@@ -36,7 +36,7 @@ def additive(mask, dtype=torch.float32, blocked=None):
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, blocked)
 
 
-# What is computed
+# Scores
 
 
 def test_backbone_is_transformers_own(architecture, model):
@@ -44,7 +44,7 @@ def test_backbone_is_transformers_own(architecture, model):
 
 
 def test_scores_are_those_of_the_reference(model, ids, reference):
-    scores = [scores_of(model, torch.tensor([each])).item() for each in ids]
+    scores = [scores_of(model, torch.tensor([text])).item() for text in ids]
     assert scores == pytest.approx(reference, abs=1e-5)
     # The tolerances mean something: the pairs' scores lie far apart.
     assert np.ptp(reference) > 0.2
@@ -127,8 +127,8 @@ def test_padding_may_be_on_both_sides_in_one_batch(model, ids, reference):
 @pytest.mark.parametrize("form", ["boolean", "additive", "infinite"])
 def test_masks_of_the_reference(model, ids, reference, content_cls_mask, form, extra):
     input_ids, mask = padded(ids, "left", extra)
-    types = [[0] * (len(row) - len(each)) + [1] * (len(each) - 1) + [2] for row, each in zip(mask, ids, strict=True)]
-    full = torch.stack([content_cls_mask(each) for each in types])
+    types = [[0] * (len(row) - len(text)) + [1] * (len(text) - 1) + [2] for row, text in zip(mask, ids, strict=True)]
+    full = torch.stack([content_cls_mask(row_types) for row_types in types])
     assert full.shape == (len(ids), 1, *2 * input_ids.shape[1:])
     if form != "boolean":
         full = additive(full, blocked=None if form == "additive" else float("-inf"))
@@ -158,12 +158,12 @@ def packed(ids, pad=0):
     width = pad + sum(map(len, ids))
     mask = torch.zeros(width, width, dtype=torch.bool)
     start, ends = pad, []
-    for each in ids:
-        mask[start : start + len(each), start : start + len(each)] = causal(len(each))
-        start += len(each)
+    for text in ids:
+        mask[start : start + len(text), start : start + len(text)] = causal(len(text))
+        start += len(text)
         ends.append(start - 1)
-    input_ids = torch.tensor([[7] * pad + [token for each in ids for token in each]])
-    position_ids = torch.tensor([[0] * pad + [position for each in ids for position in range(len(each))]])
+    input_ids = torch.tensor([[7] * pad + [token for text in ids for token in text]])
+    position_ids = torch.tensor([[0] * pad + [position for text in ids for position in range(len(text))]])
     return input_ids, mask[None, None], position_ids, ends
 
 
@@ -198,8 +198,8 @@ def test_plain_and_packed_rows_in_one_batch(model, ids, reference):
     assert scores.tolist() == pytest.approx([reference[1], reference[2]], abs=1e-5)
 
 
-def test_a_mask_that_sees_ahead_is_obeyed(model, ids):
-    """Not only less than causal attention: more, too."""
+def test_a_mask_that_allows_later_tokens_is_applied(model, ids):
+    """Masks may allow more than causal attention, not only less."""
     width = len(ids[0])
     everything = torch.ones(1, 1, width, width, dtype=torch.bool)
     seen = scores_of(model, torch.tensor([ids[0]]), everything).item()
@@ -234,8 +234,8 @@ def test_positions_count_from_the_first_token(model, ids, reference):
     assert scores_of(model, input_ids, mask, position_ids=positions).tolist() == pytest.approx(reference, abs=1e-5)
 
 
-def test_positions_handed_to_the_backbone(model, ids):
-    """Rotary distances hide where counting starts; decoders with learned positions would not."""
+def test_the_backbone_gets_positions_counted_from_the_first_token(model, ids):
+    """Rotary distances do not show where counting starts; decoders with learned positions would."""
     seen = []
 
     def look(module, args, kwargs):
@@ -252,7 +252,7 @@ def test_positions_handed_to_the_backbone(model, ids):
     assert seen[1][0, : len(count)].tolist() == count
 
 
-def test_position_ids_are_heeded(model, ids):
+def test_position_ids_are_used(model, ids):
     input_ids = torch.tensor([ids[0]])
     plain = torch.arange(len(ids[0]))[None]
     one, other = scores_of(model, input_ids, position_ids=plain), scores_of(model, input_ids, position_ids=plain * 3)
@@ -328,7 +328,7 @@ def test_eager_attention_gives_the_same_scores(saved_folder, ids, reference):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Which experts functions are called, in order."""
+    """Names of the experts functions that are called, in order."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
@@ -351,7 +351,7 @@ def kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "querit", "grouped_mm", "batched_mm"])
-def test_the_experts_kernel_that_was_asked_for_runs(saved_folders, ids, references, kernels, implementation):
+def test_the_requested_experts_implementation_runs(saved_folders, ids, references, kernels, implementation):
     model = QueritForSequenceRanking.from_pretrained(
         saved_folders("deepseek_v3"), experts_implementation=implementation
     )
@@ -364,13 +364,13 @@ def test_the_experts_kernel_that_was_asked_for_runs(saved_folders, ids, referenc
     assert kernels == [implementation]
 
 
-def test_by_default_our_kernel_runs(saved_folders, ids, kernels):
+def test_our_experts_implementation_is_the_default(saved_folders, ids, kernels):
     model = QueritForSequenceRanking.from_pretrained(saved_folders("deepseek_v3"))
     scores_of(model, torch.tensor([ids[0]]))
     assert kernels == ["querit"]
 
 
-def test_the_experts_kernel_can_be_changed_later(saved_folders, ids, references, kernels):
+def test_the_experts_implementation_can_be_changed_later(saved_folders, ids, references, kernels):
     model = QueritForSequenceRanking.from_pretrained(saved_folders("deepseek_v3"))
     expected = references("deepseek_v3")[0]
     for implementation in ["batched_mm", "eager", "grouped_mm", "querit"]:
@@ -381,7 +381,7 @@ def test_the_experts_kernel_can_be_changed_later(saved_folders, ids, references,
         assert kernels == [implementation]
 
 
-def test_an_unknown_experts_kernel_is_an_error(saved_folders):
+def test_an_unknown_experts_implementation_is_an_error(saved_folders):
     with pytest.raises(ValueError, match="no_such_kernel"):
         QueritForSequenceRanking.from_pretrained(saved_folders("deepseek_v3"), experts_implementation="no_such_kernel")
 
@@ -403,12 +403,12 @@ def test_router_logits_are_float32(saved_folders, ids, dtype):
 
 
 def test_routing_biases_move_the_scores(loaded, ids, architecture, reference):
-    """They take part, so a checkpoint without them may not load."""
+    """So a checkpoint without them must not load."""
     gates = [module for name, module in loaded.named_modules() if name.endswith("mlp.gate")]
     assert len(gates) == (architecture == "deepseek_v3")
     for gate in gates:
         gate.e_score_correction_bias.copy_(torch.arange(tiny.EXPERTS))
-        moved = [scores_of(loaded, torch.tensor([each])).item() for each in ids]
+        moved = [scores_of(loaded, torch.tensor([text])).item() for text in ids]
         assert np.abs(np.subtract(moved, reference)).max() > 1e-3
 
 
@@ -519,11 +519,11 @@ def other(request, processor):
 
 def test_any_decoder_can_be_the_backbone(other, ids, content_cls_mask, tmp_path):
     assert type(other.model) is tiny.BACKBONES[other.config.text_config.model_type]
-    expected = [tiny.reference_score(other, each) for each in ids]
+    expected = [tiny.reference_score(other, text) for text in ids]
     input_ids, mask = padded(ids, "left", 3)
     assert scores_of(other, input_ids, mask).tolist() == pytest.approx(expected, abs=1e-5)
-    types = [[0] * (len(row) - len(each)) + [1] * (len(each) - 1) + [2] for row, each in zip(mask, ids, strict=True)]
-    full = torch.stack([content_cls_mask(each) for each in types])
+    types = [[0] * (len(row) - len(text)) + [1] * (len(text) - 1) + [2] for row, text in zip(mask, ids, strict=True)]
+    full = torch.stack([content_cls_mask(row_types) for row_types in types])
     assert scores_of(other, input_ids, full).tolist() == pytest.approx(expected, abs=1e-5)
     assert scores_of(other, input_ids, additive(full)).tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -564,8 +564,8 @@ def test_vocabulary_can_grow(loaded, ids, reference, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long])
 def test_padding_that_sees_itself_is_padding(model, side, dtype):
     """The usual guard against an empty row of the softmax."""
-    ids = [each.input_ids for each in model.processor.encode([tiny.QUERY] * 3, ["a novel by lee", "", "x y z"])]
-    expected = [tiny.reference_score(model, each) for each in ids]
+    ids = [pair.input_ids for pair in model.processor.encode([tiny.QUERY] * 3, ["a novel by lee", "", "x y z"])]
+    expected = [tiny.reference_score(model, text) for text in ids]
     input_ids, mask = padded(ids, side)
     tokens = mask.bool()
     plain = tokens[:, None, :, None] & tokens[:, None, None, :] & torch.ones(tokens.shape[1:] * 2).tril().bool()
@@ -579,3 +579,8 @@ def test_a_text_of_one_token_is_a_token(model):
     assert torch.equal(
         scores_of(model, input_ids=input_ids, attention_mask=mask), scores_of(model, input_ids=input_ids)
     )
+
+
+def test_a_forward_pass_without_inputs_says_what_to_give(model):
+    with pytest.raises(ValueError, match="give input_ids, inputs_embeds or a pack"):
+        model()

@@ -19,8 +19,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 from modeling_querit import moe_querit
-from modeling_querit.moe_querit import NAME, querit_experts_forward
-from modeling_querit.precision_querit import Arithmetic, Float32Arithmetic
+from modeling_querit.mixed_precision_querit import ComputeDtypes, Float32Arithmetic
+from modeling_querit.moe_querit import EXPERTS_IMPLEMENTATION, querit_experts_forward
 
 EXPERTS, HIDDEN, INNER = 6, 24, 20
 # Class of the experts, its configuration's, and what they call the numbers above.
@@ -51,7 +51,7 @@ def make_experts(layout="deepseek_v3", dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     for parameter in experts.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator).mul(0.3).to(dtype)
-    experts.config._experts_implementation = NAME
+    experts.config._experts_implementation = EXPERTS_IMPLEMENTATION
     return experts
 
 
@@ -90,14 +90,12 @@ def cores(request, monkeypatch):
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Sets whether float32 is said to be faster here than bfloat16."""
+    """Sets whether float32 counts as faster than bfloat16."""
 
     def arithmetic(faster, dtype):
-        return Arithmetic(torch.float32, torch.float32 if faster and dtype == torch.bfloat16 else dtype)
+        return ComputeDtypes(torch.float32, torch.float32 if faster and dtype == torch.bfloat16 else dtype)
 
-    return lambda faster: monkeypatch.setattr(
-        moe_querit, "fastest_arithmetic", lambda _, dtype: arithmetic(faster, dtype)
-    )
+    return lambda faster: monkeypatch.setattr(moe_querit, "fastest_dtypes", lambda _, dtype: arithmetic(faster, dtype))
 
 
 def eager(experts, layer):
@@ -110,7 +108,7 @@ def eager(experts, layer):
 
 def compute(experts, layer, needed=None):
     """Output and gradients of hidden states, router weights and parameters (those `needed`, or all)."""
-    hidden_states, index, weights = (each.detach() for each in layer)
+    hidden_states, index, weights = (tensor.detach() for tensor in layer)
     named = {"hidden_states": hidden_states, "weights": weights, **dict(experts.named_parameters())}
     needed = list(named) if needed is None else needed
     for name, tensor in named.items():
@@ -124,26 +122,26 @@ def compute(experts, layer, needed=None):
     return {"output": output.detach(), **dict(zip(needed, grads, strict=True))}
 
 
-def assert_near(found, exact, tolerance):
-    """Nowhere further apart than this part of the largest."""
-    assert found.shape == exact.shape
-    difference = (found.double() - exact.double()).abs().max().item()
+def assert_near(result, exact, tolerance):
+    """The largest difference is at most this share of the largest magnitude."""
+    assert result.shape == exact.shape
+    difference = (result.double() - exact.double()).abs().max().item()
     assert difference <= tolerance * exact.abs().max().item()
 
 
 def check(experts, layer):
     """Output and gradients against the loop, and the output in place against that for autograd."""
     dtype = layer[0].dtype
-    exact, found = compute(*eager(experts, layer)), compute(experts, layer)
-    assert found["output"].dtype == dtype
+    exact, ours = compute(*eager(experts, layer)), compute(experts, layer)
+    assert ours["output"].dtype == dtype
     for name, tensor in exact.items():
-        assert_near(found[name], tensor, ROUND[found[name].dtype])
+        assert_near(ours[name], tensor, ROUND[ours[name].dtype])
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             output = experts(*layer)
         assert output.dtype == dtype
         assert not output.requires_grad
-        assert_near(output, found["output"], ROUND[dtype])
+        assert_near(output, ours["output"], ROUND[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -176,7 +174,7 @@ def test_reads_what_is_not_contiguous(cores):
     experts = make_experts()
     for parameter in experts.parameters():
         parameter.data = parameter.data.mT.contiguous().mT
-    assert not any(each.is_contiguous() for each in (*layer, *experts.parameters()))
+    assert not any(tensor.is_contiguous() for tensor in (*layer, *experts.parameters()))
     check(experts, layer)
 
 
@@ -197,7 +195,7 @@ def test_computes_any_gradient_by_itself(layout):
         assert_near(compute(experts, layer, [name])[name], every[name], 1e-6)
 
 
-def test_without_a_gradient_to_compute_nothing_is_kept(monkeypatch):
+def test_without_a_gradient_to_compute_nothing_is_results(monkeypatch):
     monkeypatch.setattr(moe_querit, "_forward_for_backward", None)
     experts, layer = make_experts().requires_grad_(False), make_layer(ROUTINGS["ordinary"])
     assert not experts(*layer).requires_grad
@@ -216,7 +214,7 @@ class Adapter(torch.nn.Module):
 
 def test_gradients_reach_adapters():
     layer, grads = make_layer(ROUTINGS["ordinary"]), []
-    for implementation in (NAME, "eager"):
+    for implementation in (EXPERTS_IMPLEMENTATION, "eager"):
         experts = make_experts().requires_grad_(False)
         experts.config._experts_implementation = implementation
         factor = torch.full((EXPERTS, 2 * INNER, 1), 0.1, requires_grad=True)
@@ -229,8 +227,8 @@ def test_gradients_reach_adapters():
 
 def test_a_second_call_leaves_the_first_result_alone(monkeypatch):
     monkeypatch.setattr(moe_querit, "_buffers", threading.local())
-    experts, kept = make_experts(), []
-    # Larger, smaller, in this context or that: memory kept from one call has to do for the next.
+    experts, results = make_experts(), []
+    # Larger, smaller, in this context or that: memory of one call has to do for the next.
     for tokens, context in enumerate([torch.inference_mode, torch.no_grad, torch.enable_grad] * 3):
         layer = make_layer(make_index(5 + 7 * tokens % 20, 3), seed=tokens)
         with context():
@@ -238,8 +236,8 @@ def test_a_second_call_leaves_the_first_result_alone(monkeypatch):
         buffers = {buffer.untyped_storage().data_ptr() for buffer in vars(moe_querit._buffers).values()}
         assert buffers
         assert output.untyped_storage().data_ptr() not in buffers
-        kept.append((output, output.clone(), layer))
-    for output, then, layer in kept:
+        results.append((output, output.clone(), layer))
+    for output, then, layer in results:
         assert torch.equal(output, then)
         exact, exact_layer = eager(experts, layer)
         assert_near(output, exact(*exact_layer), 1e-5)
@@ -287,7 +285,7 @@ def test_bfloat16_is_no_less_exact_than_in_the_loop(layout, tokens, many, faster
     experts = make_experts(layout, torch.bfloat16)
     layer = make_layer(make_index(tokens, 3), torch.bfloat16)
     exact = compute(*eager(experts, layer))
-    found = compute(experts, layer)
+    ours = compute(experts, layer)
     with torch.no_grad():
         in_place = experts(*layer)
     assert set(converted) == ({torch.float32} if many and faster else set())
@@ -300,7 +298,7 @@ def test_bfloat16_is_no_less_exact_than_in_the_loop(layout, tokens, many, faster
 
     assert error(in_place, "output") <= 1.02 * error(loop["output"], "output")
     for name in exact:
-        assert error(found[name], name) <= 1.02 * error(loop[name], name)
+        assert error(ours[name], name) <= 1.02 * error(loop[name], name)
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
@@ -322,10 +320,10 @@ def test_float32_meets_bfloat16_weights(layout, tokens, faster, cores, choose):
     experts, layer = make_experts(layout, torch.bfloat16), make_layer(make_index(tokens, 3))
     exact = compute(*eager(experts, layer))
     with Float32Arithmetic():
-        found = compute(experts, layer)
+        ours = compute(experts, layer)
         with torch.inference_mode():
             in_place = experts(*layer)
-    for name, tensor in found.items():
+    for name, tensor in ours.items():
         stored = name not in ("output", "hidden_states", "weights")
         # Gradients are rounded as the weights are.
         assert_near(tensor, exact[name], 1e-2 if stored else 1e-5)
@@ -340,13 +338,13 @@ def test_works_under_autocast(layout, faster, cores, choose):
     choose(faster)
     experts, layer = make_experts(layout), make_layer(make_index(70, 3))
     with torch.autocast("cpu", torch.bfloat16):
-        found = compute(experts, layer)
+        ours = compute(experts, layer)
         with torch.no_grad():
             in_place = experts(*layer)
         experts.config._experts_implementation = "eager"
         loop = compute(experts, layer)
     for name, tensor in loop.items():
-        assert_near(found[name], tensor, ROUND[torch.bfloat16])
+        assert_near(ours[name], tensor, ROUND[torch.bfloat16])
     assert in_place.dtype == torch.float32
     assert_near(in_place, loop["output"], ROUND[torch.bfloat16])
     if faster:
@@ -365,15 +363,15 @@ CONFIGS = {"deepseek_v3": lambda: tiny.make_text_config("deepseek_v3"), "qwen3_m
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The experts modules that came to the function in the registry."""
-    assert ALL_EXPERTS_FUNCTIONS[NAME] is querit_experts_forward
+    """The experts modules that the registered function was called with."""
+    assert ALL_EXPERTS_FUNCTIONS[EXPERTS_IMPLEMENTATION] is querit_experts_forward
     seen = []
 
     def spy(self, *args):
         seen.append(self)
         return querit_experts_forward(self, *args)
 
-    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, NAME, spy)
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, EXPERTS_IMPLEMENTATION, spy)
     return seen
 
 
@@ -386,15 +384,15 @@ def test_a_model_asked_for_it_uses_it(architecture, calls, tmp_path):
     expected = model(ids).last_hidden_state
     assert calls == []
     model.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path, experts_implementation=NAME)
-    model.set_experts_implementation(NAME)
-    for each in (model, loaded):
-        experts = [module for module in each.modules() if hasattr(module, "is_concatenated")]
+    loaded = AutoModel.from_pretrained(tmp_path, experts_implementation=EXPERTS_IMPLEMENTATION)
+    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    for backbone in (model, loaded):
+        experts = [module for module in backbone.modules() if hasattr(module, "is_concatenated")]
         assert experts
         for context in (torch.enable_grad, torch.inference_mode):
             calls.clear()
             with context():
-                output = each(ids).last_hidden_state
+                output = backbone(ids).last_hidden_state
             assert calls == experts
             assert_near(output, expected, 1e-5)
 
@@ -418,7 +416,7 @@ def test_routing(routing, neighbours, threads):
     index, experts = routing
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        groups, source, slots = moe_querit.route(index, experts, neighbours)
+        groups, source, slots = moe_querit.group_by_expert(index, experts, neighbours)
     counts = torch.bincount(index.flatten(), minlength=experts).tolist()
     assert slots.shape == index.shape
     taken = slots.flatten().tolist()
@@ -454,7 +452,7 @@ def kernels():
 
 @pytest.fixture
 def joined(kernels, monkeypatch):
-    """Has the kernels run in the place of "querit"; gives what each pass was asked for."""
+    """Runs the kernels in place of "querit"; returns the arguments of each pass."""
     asked = []
 
     def experts_forward(*args, for_backward=False):
@@ -468,12 +466,12 @@ def joined(kernels, monkeypatch):
     monkeypatch.setattr(moe_querit, "experts_forward", experts_forward)
     monkeypatch.setattr(moe_querit, "experts_backward", experts_backward)
     monkeypatch.setattr(moe_querit, "is_available", kernels.is_available)
-    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, NAME, moe_querit.triton_experts_forward)
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, EXPERTS_IMPLEMENTATION, moe_querit.triton_experts_forward)
     return asked
 
 
 def to_device(experts, layer):
-    return experts.to(DEVICE), tuple(each.to(DEVICE) for each in layer)
+    return experts.to(DEVICE), tuple(tensor.to(DEVICE) for tensor in layer)
 
 
 @pytest.mark.parametrize("routing", ["ordinary", "some experts idle", "one token", "an expert chosen twice"])
@@ -489,14 +487,14 @@ def test_kernels_compute_any_gradient_by_itself(joined):
         assert torch.equal(compute(experts, layer, [name])[name], every[name])
         assert joined[-2:] == [True, tuple(place == other for other in range(4))]
     joined.clear()
-    experts.requires_grad_(False)(*(each.detach() for each in layer))
+    experts.requires_grad_(False)(*(tensor.detach() for tensor in layer))
     assert joined == [False]
 
 
 def test_kernels_compute_in_the_wider_dtype(joined):
     experts, layer = to_device(make_experts(dtype=torch.float16), make_layer(ROUTINGS["an expert chosen twice"]))
-    exact, found = compute(*eager(experts, layer)), compute(experts, layer)
-    for name, tensor in found.items():
+    exact, ours = compute(*eager(experts, layer)), compute(experts, layer)
+    for name, tensor in ours.items():
         assert_near(tensor, exact[name], 1e-5 if tensor.dtype == torch.float32 else 1e-3)
     assert joined == [True, (True,) * 4]
 
@@ -510,7 +508,7 @@ def test_layouts_unknown_to_the_kernels_do_without(layout, joined):
 
 def test_kernels_without_a_gpu_are_an_error():
     experts, layer = make_experts(), make_layer(ROUTINGS["ordinary"])
-    experts.config._experts_implementation = moe_querit.TRITON_NAME
+    experts.config._experts_implementation = moe_querit.TRITON_IMPLEMENTATION
     with pytest.raises(RuntimeError, match=r"'querit_triton' needs Triton and an NVIDIA GPU .* the model is on cpu"):
         experts(*layer)
 
@@ -527,13 +525,16 @@ def test_few_rows_of_aligned_weights_are_grouped_mm_s(tokens, expected, choose, 
 
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "grouped_mm", spy)
     config = DeepseekV3Config(
-        hidden_size=32, moe_intermediate_size=16, n_routed_experts=EXPERTS, experts_implementation=NAME
+        hidden_size=32,
+        moe_intermediate_size=16,
+        n_routed_experts=EXPERTS,
+        experts_implementation=EXPERTS_IMPLEMENTATION,
     )
     experts = DeepseekV3Experts(config).bfloat16()
     for parameter in experts.parameters():
         nn.init.normal_(parameter)
     hidden_states = torch.randn(tokens, 32).bfloat16()
     with torch.no_grad():
-        found = experts(hidden_states, make_index(tokens, 3), torch.rand(tokens, 3).bfloat16())
+        output = experts(hidden_states, make_index(tokens, 3), torch.rand(tokens, 3).bfloat16())
     assert calls == expected
-    assert found.shape == hidden_states.shape
+    assert output.shape == hidden_states.shape

@@ -49,7 +49,7 @@ def make_layer(index, experts=6, hidden=48, inner=40, dtype=torch.float32, seed=
 
     layer = [normal(len(index), hidden), normal(experts, 2 * inner, hidden) / 6, normal(experts, hidden, inner) / 6]
     weights = torch.rand(index.shape, generator=generator)
-    return *(each.to(DEVICE, dtype) for each in layer), index.to(DEVICE), weights.to(DEVICE)
+    return *(tensor.to(DEVICE, dtype) for tensor in layer), index.to(DEVICE), weights.to(DEVICE)
 
 
 def run(moe, layer, grad_output):
@@ -64,16 +64,16 @@ def check(moe, layer, grad_output=None):
     index, floats = layer[3], [layer[place].double().requires_grad_() for place in (0, 1, 2, 4)]
     expected = slow_experts(*floats[:3], index, floats[3])
     gradients = torch.autograd.grad(expected, floats, grad_output.double(), materialize_grads=True, allow_unused=True)
-    found = run(moe, layer, grad_output)
+    results = run(moe, layer, grad_output)
     likes = [layer[place] for place in (0, 0, 1, 2, 4)]
-    for tensor, exact, like in zip(found, [expected, *gradients], likes, strict=True):
+    for tensor, exact, like in zip(results, [expected, *gradients], likes, strict=True):
         assert tensor.dtype == like.dtype
         assert tensor.shape == like.shape
         if tensor.numel():
-            tolerance = max(TOLERANCES.get(each, 0) for each in (layer[0].dtype, like.dtype))
+            tolerance = max(TOLERANCES.get(dtype, 0) for dtype in (layer[0].dtype, like.dtype))
             atol = tolerance * exact.abs().max().item()
             torch.testing.assert_close(tensor.double(), exact.detach(), rtol=0, atol=atol)
-    return found
+    return results
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,6 +81,7 @@ def test_equals_the_loop_in_output_and_gradients(moe, dtype):
     check(moe, make_layer(make_index(37, 6, 3), dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows_take_several_large_tiles(moe, dtype):
     blocks = moe.choose_blocks(150, dtype)
@@ -101,7 +102,7 @@ def test_extremes_of_routing(moe, tokens, experts, choices):
 def test_experts_without_tokens_get_zero_gradients(moe):
     _, _, grad_gate_up, grad_down, _ = check(moe, make_layer(1 + 2 * make_index(20, 3, 2), experts=8))
     for grad in (grad_gate_up, grad_down):
-        assert [bool(each.any()) for each in grad.cpu()] == [False, True, False, True, False, True, False, False]
+        assert [bool(expert.any()) for expert in grad.cpu()] == [False, True, False, True, False, True, False, False]
 
 
 def test_all_tokens_on_one_expert(moe):
@@ -127,10 +128,11 @@ def test_reads_what_is_not_contiguous(moe):
         index.T.contiguous().T,
         weights.T.contiguous().T,
     )
-    assert not any(each.is_contiguous() for each in layer)
+    assert not any(tensor.is_contiguous() for tensor in layer)
     check(moe, layer, grad_output=torch.ones(1, device=DEVICE).expand(13, 48))
 
 
+@pytest.mark.slow
 @settings(max_examples=12, derandomize=True, deadline=None)
 @given(st.data())
 def test_equals_the_loop_for_any_shape(moe, data):
@@ -199,14 +201,15 @@ def test_routing_sorts_by_expert_and_keeps_the_order_of_tokens(moe, tokens, expe
     index = make_index(tokens, experts, choices)
     index = index + (index > 1)
     slots, starts, tile_experts, _ = (
-        None if each is None else each.tolist() for each in moe.route(index.to(DEVICE), experts + 1, block_m)
+        None if tensor is None else tensor.tolist()
+        for tensor in moe.sort_by_expert(index.to(DEVICE), experts + 1, block_m)
     )
     chosen = index.flatten().tolist()
     assert starts[0] == 0
     assert sorted(slot for slot in slots if slot >= 0) == list(range(len(chosen)))
     for expert in range(experts + 1):
         group = slots[starts[expert] : starts[expert + 1]]
-        expected = [assignment for assignment, each in enumerate(chosen) if each == expert]
+        expected = [assignment for assignment, choice in enumerate(chosen) if choice == expert]
         assert len(group) == -(-len(expected) // block_m) * block_m
         assert group == expected + [-1] * (len(group) - len(expected))
         assert set(tile_experts[starts[expert] // block_m : starts[expert + 1] // block_m]) <= {expert}
@@ -218,11 +221,11 @@ def test_routing_sorts_by_expert_and_keeps_the_order_of_tokens(moe, tokens, expe
 def test_blocks_grow_with_the_rows_and_fit(moe, dtype, shared_memory):
     blocks = [moe.choose_blocks(rows, dtype, shared_memory) for rows in (0, 0.5, 16, 17, 40, 64.5, 1e6, float("inf"))]
     assert blocks[0].m == 16
-    assert blocks == sorted(blocks, key=lambda each: (each.m, each.n))
-    for each in blocks:
-        assert (each.m + each.n) * each.k * dtype.itemsize * each.stages <= shared_memory
-        assert all(size & (size - 1) == 0 for size in each[:4])
-        assert 1 <= each.stages <= 4
+    assert blocks == sorted(blocks, key=lambda tile: (tile.m, tile.n))
+    for tile in blocks:
+        assert (tile.m + tile.n) * tile.k * dtype.itemsize * tile.stages <= shared_memory
+        assert all(size & (size - 1) == 0 for size in tile[:4])
+        assert 1 <= tile.stages <= 4
 
 
 def test_misfits_are_named(moe):

@@ -1,4 +1,4 @@
-"""Packs: what goes into each, and what its texts continue."""
+"""Packs: what goes into each, and what its segments continue."""
 
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ BUDGETS = st.integers(1, 60)
 
 @st.composite
 def grouped(draw):
-    """Token ids of pairs, and their groups: some begin alike, some are the same."""
+    """Token ids of pairs, and their groups: pairs that share prefixes or are equal."""
     input_ids, groups = [], []
     for _ in range(draw(st.integers(0, 4))):
         begin = draw(st.lists(TOKENS, max_size=8))
@@ -28,35 +28,38 @@ def grouped(draw):
 
 
 def lay_out(packs):
-    """For each read pair its (token, position)s, as the keys say that its last row sees."""
+    """The (token, position)s of each pair that its scored row attends to."""
     seen, carried = {}, []
     for number, pack in enumerate(packs):
-        assert pack.carried == len(carried)
-        assert [row for text in pack.texts for row in range(len(pack))[text.rows]] == list(range(len(pack)))
+        assert pack.carried_length == len(carried)
+        assert [row for segment in pack.segments for row in range(len(pack))[segment.rows]] == list(range(len(pack)))
         assert len(pack.input_ids) == len(pack.position_ids) == len(pack)
-        # Of which text a key is: states of a prefix are right only if they were computed as one.
-        owners = [(number, place) for place, text in enumerate(pack.texts) for _ in range(text.length)]
+        # Of which segment a key is: states of a prefix are right only if they were computed as one.
+        owners = [(number, place) for place, segment in enumerate(pack.segments) for _ in range(segment.length)]
         keys = carried + list(zip(pack.input_ids, pack.position_ids, owners, strict=True))
         pairs = iter(pack.pairs)
-        for text in pack.texts:
-            prefix, own = keys[text.prefix], keys[text.rows.start + len(carried) : text.rows.stop + len(carried)]
-            assert text.length == len(own) > 0
-            assert text.prefix_length == len(prefix)
+        for segment in pack.segments:
+            prefix, own = (
+                keys[segment.prefix],
+                keys[segment.rows.start + len(carried) : segment.rows.stop + len(carried)],
+            )
+            assert segment.length == len(own) > 0
+            assert segment.prefix_length == len(prefix)
             assert len({owner for *_, owner in prefix}) <= 1
-            assert text.is_read or not prefix
-            if text.is_read:
+            assert segment.is_scored or not prefix
+            if segment.is_scored:
                 pair = next(pairs)
                 assert pair not in seen
                 seen[pair] = [(token, position) for token, position, _ in prefix + own]
         assert not list(pairs)
-        assert pack.read_rows == [text.rows.stop - 1 for text in pack.texts if text.is_read]
-        carried = keys[pack.keeps]
+        assert pack.scored_rows == [segment.rows.stop - 1 for segment in pack.segments if segment.is_scored]
+        carried = keys[pack.carry_over]
     assert not carried
     return seen
 
 
 def prefixes(pack):
-    return [text for text in pack.texts if not text.is_read]
+    return [segment for segment in pack.segments if not segment.is_scored]
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
@@ -78,7 +81,7 @@ def test_packs_keep_to_the_budget_and_are_full(pairs, batch_tokens, share_prefix
         assert len(pack) <= batch_tokens or (len(pack.pairs) == 1 and len(prefixes(pack)) <= 1)
     for pack, following in pairwise(packs):
         # What comes first in a pack would not have fitted into the one before.
-        assert len(pack) + following.read_rows[0] + 1 > batch_tokens
+        assert len(pack) + following.scored_rows[0] + 1 > batch_tokens
 
 
 @given(pairs=grouped(), batch_tokens=BUDGETS)
@@ -93,8 +96,8 @@ def test_a_prefix_is_computed_once_for_its_group(pairs, batch_tokens):
     input_ids, groups = pairs
     shared = [common_prefix([input_ids[pair] for pair in group]) for group in groups]
     packs = list(plan_packs(input_ids, groups, batch_tokens))
-    found = [pack.input_ids[text.rows] for pack in packs for text in prefixes(pack)]
-    assert found == [ids for ids in shared if ids]
+    computed = [pack.input_ids[segment.rows] for pack in packs for segment in prefixes(pack)]
+    assert computed == [ids for ids in shared if ids]
     saved = sum(len(ids) * (len(group) - 1) for ids, group in zip(shared, groups, strict=True))
     assert sum(map(len, packs)) == sum(map(len, input_ids)) - saved
 
@@ -102,9 +105,9 @@ def test_a_prefix_is_computed_once_for_its_group(pairs, batch_tokens):
 @given(pairs=grouped(), batch_tokens=BUDGETS)
 def test_nothing_is_shared_unless_asked_for(pairs, batch_tokens):
     for pack in plan_packs(*pairs, batch_tokens, share_prefix=False):
-        assert all(text.is_read and text.prefix_length == 0 for text in pack.texts)
-        assert pack.carried == 0
-        assert pack.keeps == slice(0, 0)
+        assert all(segment.is_scored and segment.prefix_length == 0 for segment in pack.segments)
+        assert pack.carried_length == 0
+        assert pack.carry_over == slice(0, 0)
 
 
 @given(st.lists(st.lists(TOKENS, min_size=1, max_size=8), max_size=6))
@@ -141,31 +144,31 @@ def test_identical_pairs_share_all_but_the_last_token():
     [pack] = plan_packs([[1, 2, 3]] * 3, [[0, 1, 2]], 100)
     assert pack.input_ids == [1, 2, 3, 3, 3]
     assert pack.position_ids == [0, 1, 2, 2, 2]
-    assert pack.read_rows == [2, 3, 4]
+    assert pack.scored_rows == [2, 3, 4]
 
 
 def test_a_group_of_one_has_no_prefix():
     [pack] = plan_packs([[1, 2, 3], [1, 2, 4]], [[0], [1]], 100)
     assert pack.input_ids == [1, 2, 3, 1, 2, 4]
-    assert all(text.is_read and text.prefix_length == 0 for text in pack.texts)
+    assert all(segment.is_scored and segment.prefix_length == 0 for segment in pack.segments)
 
 
 def test_a_prefix_is_carried_through_several_packs():
     input_ids = [[1, 1, 1, 1, 1, pair, 9] for pair in range(2, 9)]
     packs = list(plan_packs(input_ids, [list(range(7))], 7))
     assert [pack.pairs for pack in packs] == [[0], [1, 2, 3], [4, 5, 6]]
-    assert [pack.carried for pack in packs] == [0, 5, 5]
+    assert [pack.carried_length for pack in packs] == [0, 5, 5]
     # The keys of the prefix are at the front, first as rows and then as what is carried.
-    assert [pack.keeps for pack in packs] == [slice(0, 5), slice(0, 5), slice(0, 0)]
-    assert all(text.prefix == slice(0, 5) for pack in packs for text in pack.texts if text.is_read)
+    assert [pack.carry_over for pack in packs] == [slice(0, 5), slice(0, 5), slice(0, 0)]
+    assert all(segment.prefix == slice(0, 5) for pack in packs for segment in pack.segments if segment.is_scored)
     assert packs[1].position_ids == [5, 6, 5, 6, 5, 6]
 
 
 def test_a_prefix_from_the_middle_of_a_pack_is_carried():
     input_ids = [[1, 1, 3], [1, 1, 4], [2, 2, 2, 5], [2, 2, 2, 6]]
     first, second = plan_packs(input_ids, [[0, 1], [2, 3]], 8)
-    assert first.keeps == slice(4, 7)
-    assert (second.carried, second.input_ids, second.position_ids) == (3, [6], [3])
+    assert first.carry_over == slice(4, 7)
+    assert (second.carried_length, second.input_ids, second.position_ids) == (3, [6], [3])
 
 
 def test_a_pair_over_the_budget_is_a_pack_by_itself():
@@ -177,4 +180,4 @@ def test_a_pair_over_the_budget_is_a_pack_by_itself():
 def test_nothing_to_plan():
     assert list(plan_packs([], [], 10)) == []
     assert len(Pack()) == 0
-    assert Pack().read_rows == []
+    assert Pack().scored_rows == []

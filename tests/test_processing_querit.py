@@ -92,8 +92,8 @@ def test_text_is_the_published_one(any_processor):
 
 
 def test_one_instruction_each(processor):
-    each = processor.encode(["a", "b"], ["c", "d"], ["First.", "Second."])
-    assert each == [encode(processor, "a", "c", "First."), encode(processor, "b", "d", "Second.")]
+    encoded = processor.encode(["a", "b"], ["c", "d"], ["First.", "Second."])
+    assert encoded == [encode(processor, "a", "c", "First."), encode(processor, "b", "d", "Second.")]
     assert processor.encode(["a", "b"], ["c", "d"], "First.") == [
         encode(processor, "a", "c", "First."),
         encode(processor, "b", "d", "First."),
@@ -163,16 +163,16 @@ def test_cutting(any_processor, query, content, instruction, room):
     assert ids[-1] == any_processor.cls_token_id
     assert any_processor.cls_token_id not in ids[:-1]
     assert len(ids) == min(limit, len(uncut) + 1)
-    kept = tiny.bytes_of(tokenizer, ids[:-1])
+    remaining = tiny.bytes_of(tokenizer, ids[:-1])
     if cut_query == 0:
         # A prefix of the whole, which reaches at least to the content.
         assert ids[:-1] == uncut[: limit - 1]
-        assert kept.startswith(head.encode())
+        assert remaining.startswith(head.encode())
         assert cut_content == len(uncut) - len(ids[:-1])
     else:
         # No room for any content; of the query its beginning is left, and the words after it stand where they were.
-        middle = kept.removeprefix(before.encode())
-        assert len(middle) < len(kept)
+        middle = remaining.removeprefix(before.encode())
+        assert len(middle) < len(remaining)
         assert middle.endswith(after.encode())
         assert f" {query}".encode().startswith(middle.removesuffix(after.encode()))
         assert cut_content <= len(uncut)
@@ -186,9 +186,9 @@ def test_counts_of_what_was_cut(processor):
     fixed = len(encode(processor, query, "", max_length=10_000).input_ids)
     size = len(whole.input_ids)
 
-    some = encode(processor, query, content, max_length=size - 7)
-    assert some.input_ids == [*whole.input_ids[: size - 8], processor.cls_token_id]
-    assert some[1:] == (7, 0)
+    cut = encode(processor, query, content, max_length=size - 7)
+    assert cut.input_ids == [*whole.input_ids[: size - 8], processor.cls_token_id]
+    assert cut[1:] == (7, 0)
 
     # One for every `a` and `novel`, whose letters are no words of this tokenizer.
     of_content = len(plain_ids(processor, " " + content.rstrip())) + 1
@@ -317,6 +317,7 @@ def test_nul_is_a_character_like_another(any_processor):
     assert any_processor.tokenizer.decode(ids[:-1]).endswith("Query: a\x00b; Content: \x00")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", ["the book " * 116_509, "a知" * 262_144], ids=["words", "no spaces"])
 def test_a_megabyte(any_processor, document):
     start = time.process_time()
@@ -396,7 +397,7 @@ def test_a_slow_tokenizer_is_an_error():
     class Slow:
         is_fast = False
 
-    with pytest.raises(ValueError, match="Slow is no fast tokenizer"):
+    with pytest.raises(ValueError, match="Slow is not a fast tokenizer"):
         QueritProcessor(Slow())
 
 
@@ -477,7 +478,7 @@ def test_the_saved_tokenizer_drops_what_a_post_processor_added(tmp_path):
     processor.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again("a", add_special_tokens=True)["input_ids"] == tokenizer("a", add_special_tokens=False)["input_ids"]
-    # The one that was given is left alone.
+    # The tokenizer that was passed in is not changed.
     assert tokenizer("a")["input_ids"][0] == 1
 
 

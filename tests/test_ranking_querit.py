@@ -12,36 +12,31 @@ from torch import nn
 from transformers.utils import logging
 
 from modeling_querit import QueritForSequenceClassification, RankedDocument, ranking_querit
-from modeling_querit.engine_querit import score_pack
 from modeling_querit.ranking_querit import Optimizations, plan_batches, score_stream
 
 
 @pytest.fixture
-def broken(loaded, monkeypatch):
-    """Makes a model that gives a certain score to documents of more than 50 tokens."""
+def broken(loaded):
+    """Makes a model that gives a certain score to pairs of more than 50 tokens."""
 
     def make(value):
-        def wrong(model, pack, states, **kwargs):
-            scores, states = score_pack(model, pack, states, **kwargs)
-            lengths = torch.tensor([text.prefix_length + text.length for text in pack.texts if text.is_read])
-            return torch.where(lengths > 50, value, scores), states
+        def replace_scores(module, args, kwargs, output):
+            segments = [segment for segment in kwargs["pack"].segments if segment.is_scored]
+            lengths = torch.tensor([segment.prefix_length + segment.length for segment in segments])
+            output.score = torch.where(lengths.unsqueeze(1) > 50, value, output.score)
+            return output
 
-        monkeypatch.setattr(ranking_querit, "score_pack", wrong)
+        loaded.register_forward_hook(replace_scores, with_kwargs=True)
         return loaded
 
     return make
 
 
 @pytest.fixture
-def passes(monkeypatch):
-    """The packs that went through a model."""
+def packs(loaded):
+    """The packs that go through the model."""
     packs = []
-
-    def spied(model, pack, states, **kwargs):
-        packs.append(pack)
-        return score_pack(model, pack, states, **kwargs)
-
-    monkeypatch.setattr(ranking_querit, "score_pack", spied)
+    loaded.register_forward_pre_hook(lambda module, args, kwargs: packs.append(kwargs["pack"]), with_kwargs=True)
     return packs
 
 
@@ -49,7 +44,7 @@ def in_order(scores):
     return sorted(range(len(scores)), key=lambda index: (-scores[index], index))
 
 
-# What comes back
+# Results
 
 
 def test_predict_gives_the_reference_scores(model, processor):
@@ -65,21 +60,21 @@ def test_predict_gives_the_reference_scores(model, processor):
 
 def test_rank_sorts_by_score(model, scores):
     ranking = model.rank(tiny.QUERY, tiny.DOCUMENTS)
-    assert [each.index for each in ranking] == in_order(scores)
-    assert [each.score for each in ranking] == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
-    for each in ranking:
-        assert type(each) is RankedDocument
-        assert type(each.index) is int
-        assert type(each.score) is float
-        # The very object that was given, title and all.
-        assert each.document is tiny.DOCUMENTS[each.index]
-        assert each == (each.index, each.score, each.document)
+    assert [ranked.index for ranked in ranking] == in_order(scores)
+    assert [ranked.score for ranked in ranking] == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
+    for ranked in ranking:
+        assert type(ranked) is RankedDocument
+        assert type(ranked.index) is int
+        assert type(ranked.score) is float
+        # The document object itself, title included.
+        assert ranked.document is tiny.DOCUMENTS[ranked.index]
+        assert ranked == (ranked.index, ranked.score, ranked.document)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 6, 100])
 def test_top_k(model, scores, top_k):
     ranking = model.rank(tiny.QUERY, tiny.DOCUMENTS, top_k=top_k)
-    assert [each.index for each in ranking] == in_order(scores)[:top_k]
+    assert [ranked.index for ranked in ranking] == in_order(scores)[:top_k]
 
 
 def test_strings_and_dicts_are_the_same_documents(model):
@@ -92,7 +87,7 @@ def test_strings_and_dicts_are_the_same_documents(model):
 
 def test_any_iterable_of_documents(model, scores):
     ranking = model.rank(tiny.QUERY, iter(tiny.DOCUMENTS))
-    assert [each.index for each in ranking] == in_order(scores)
+    assert [ranked.index for ranked in ranking] == in_order(scores)
     assert model.rank(tiny.QUERY, tuple(tiny.DOCUMENTS)) == ranking
 
 
@@ -101,9 +96,9 @@ def test_ties_keep_the_given_order(loaded):
     nn.init.zeros_(loaded.score.bias)
     # Batches go by length, so this holds only if the order is put back.
     ranking = loaded.rank(tiny.QUERY, tiny.DOCUMENTS, batch_tokens=64)
-    assert [each.index for each in ranking] == list(range(len(tiny.DOCUMENTS)))
-    assert {each.score for each in ranking} == {0.0}
-    assert [each.index for each in loaded.rank(tiny.QUERY, tiny.DOCUMENTS, top_k=2)] == [0, 1]
+    assert [ranked.index for ranked in ranking] == list(range(len(tiny.DOCUMENTS)))
+    assert {ranked.score for ranked in ranking} == {0.0}
+    assert [ranked.index for ranked in loaded.rank(tiny.QUERY, tiny.DOCUMENTS, top_k=2)] == [0, 1]
 
 
 def test_no_documents(model):
@@ -117,7 +112,7 @@ def test_instruction_moves_the_scores(model, processor, scores):
     ids = processor.encode([tiny.QUERY], tiny.DOCUMENTS[:1], "Find a novel.")[0].input_ids
     assert other[0].item() == pytest.approx(tiny.reference_score(model, ids), abs=1e-5)
     assert abs(other[0].item() - scores[0]) > 1e-4
-    by_rank = {each.index: each.score for each in model.rank(tiny.QUERY, tiny.DOCUMENTS, "Find a novel.")}
+    by_rank = {ranked.index: ranked.score for ranked in model.rank(tiny.QUERY, tiny.DOCUMENTS, "Find a novel.")}
     assert [by_rank[index] for index in range(len(other))] == pytest.approx(other.tolist(), abs=1e-5)
 
 
@@ -137,12 +132,12 @@ def test_the_classifier_ranks_alike(saved_folder, model, scores):
         stream = classifier.predict_stream(iter(tiny.pairs()), batch_tokens=batch_tokens)
         assert list(stream) == pytest.approx(scores, abs=1e-5)
     for top_k in [None, 2]:
-        ranking, expected = (each.rank(tiny.QUERY, tiny.DOCUMENTS, top_k=top_k) for each in (classifier, model))
-        assert [each.index for each in ranking] == [each.index for each in expected]
-        assert [each.score for each in ranking] == pytest.approx([each.score for each in expected], abs=1e-5)
+        ranking, expected = (reranker.rank(tiny.QUERY, tiny.DOCUMENTS, top_k=top_k) for reranker in (classifier, model))
+        assert [ranked.index for ranked in ranking] == [ranked.index for ranked in expected]
+        assert [ranked.score for ranked in ranking] == pytest.approx([ranked.score for ranked in expected], abs=1e-5)
 
 
-# What must not move a score
+# What must not change a score
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 130, 100_000])
@@ -175,18 +170,18 @@ def test_a_batch_of_nothing_is_refused_at_once(model):
         model.predict_stream(tiny.pairs(), batch_tokens=0)
 
 
-def test_forward_passes_keep_to_batch_tokens(loaded, sizes, passes):
+def test_forward_passes_keep_to_batch_tokens(loaded, sizes, packs):
     loaded.predict([*tiny.pairs(), (tiny.QUERY, tiny.LONG_DOCUMENT)], batch_tokens=150)
-    assert sizes == [(1, len(pack)) for pack in passes]
+    assert sizes == [(1, len(pack)) for pack in packs]
     assert sizes[0] == (1, tiny.MAX_LENGTH)
     assert all(width <= 150 for _, width in sizes[1:])
-    assert sum(len(pack.pairs) for pack in passes) == len(tiny.DOCUMENTS) + 1
-    assert max(len(pack.pairs) for pack in passes) > 1
+    assert sum(len(pack.pairs) for pack in packs) == len(tiny.DOCUMENTS) + 1
+    assert max(len(pack.pairs) for pack in packs) > 1
 
 
 def test_padded_forward_passes_keep_to_batch_tokens(loaded, sizes):
     pairs = [*tiny.pairs(), (tiny.QUERY, tiny.LONG_DOCUMENT)]
-    assert len(list(score_stream(loaded, pairs, batch_tokens=150, optimizations=Optimizations(packs=False)))) == 7
+    assert len(list(score_stream(loaded, pairs, batch_tokens=150, optimizations=Optimizations(packing=False)))) == 7
     assert sizes[0] == (1, tiny.MAX_LENGTH)
     assert all(rows * width <= 150 for rows, width in sizes[1:])
     assert sum(rows for rows, _ in sizes) == len(tiny.DOCUMENTS) + 1
@@ -295,13 +290,13 @@ def test_one_document_instead_of_a_list_is_an_error(model, documents):
 
 
 @pytest.mark.parametrize("documents", [["x", None], [7], [b"bytes"], [{"title": "only"}], [["x"]], b"bytes"])
-def test_documents_that_are_no_text_are_an_error(model, documents):
+def test_documents_that_are_not_text_are_an_error(model, documents):
     with pytest.raises(TypeError, match="document"):
         model.rank(tiny.QUERY, documents)
 
 
 @pytest.mark.parametrize("query", [None, 7, b"bytes", ["who"]])
-def test_a_query_that_is_no_text_is_an_error(model, query):
+def test_a_query_that_is_not_text_is_an_error(model, query):
     with pytest.raises(TypeError, match="query"):
         model.rank(query, tiny.DOCUMENTS)
 
@@ -313,7 +308,7 @@ def test_top_k_below_one_is_an_error(model, top_k):
 
 
 @pytest.mark.parametrize(("value", "name"), [(math.nan, "NaN"), (math.inf, "infinite"), (-math.inf, "infinite")])
-def test_scores_that_are_no_numbers_are_an_error(broken, value, name):
+def test_nan_and_infinite_scores_are_an_error(broken, value, name):
     model = broken(value)
     with pytest.raises(ValueError, match=rf"score of document 4 is {name} \(2 of 6"):
         model.rank(tiny.QUERY, tiny.DOCUMENTS)
@@ -333,7 +328,7 @@ def test_a_model_without_a_tokenizer_says_so(architecture):
         tiny.make_model(architecture).rank(tiny.QUERY, tiny.DOCUMENTS)
 
 
-# What is shown
+# Progress bar and warnings
 
 
 def test_progress_bar(models, capsys):
@@ -377,17 +372,17 @@ def test_the_progress_bar_knows_the_total_of_a_list(models, monkeypatch, is_list
             self.done += count
 
     monkeypatch.setattr(ranking_querit.logging, "tqdm", Bar)
-    model, given = models("qwen3"), list if is_list else iter
-    model.predict(given(tiny.pairs()))
-    model.rank(tiny.QUERY, given(tiny.DOCUMENTS), top_k=2, batch_tokens=64)
-    list(model.predict_stream(given(tiny.pairs())))
+    model, wrap = models("qwen3"), list if is_list else iter
+    model.predict(wrap(tiny.pairs()))
+    model.rank(tiny.QUERY, wrap(tiny.DOCUMENTS), top_k=2, batch_tokens=64)
+    list(model.predict_stream(wrap(tiny.pairs())))
     count = len(tiny.DOCUMENTS)
     assert [bar.total for bar in bars] == [count if is_list else None] * 3
     assert [bar.done for bar in bars] == [count] * 3
     assert all(bar.is_closed for bar in bars)
 
 
-def test_cuts_are_warned_of(models, monkeypatch):
+def test_a_warning_says_that_pairs_were_cut(models, monkeypatch):
     model, messages = models("qwen3"), []
     monkeypatch.setattr(ranking_querit, "logger", SimpleNamespace(warning_once=messages.append))
     model.predict(tiny.pairs())
@@ -397,19 +392,18 @@ def test_cuts_are_warned_of(models, monkeypatch):
     assert "longer than max_length" in message
 
 
-def test_weights_that_cannot_meet_float32_states_do_not(loaded, scores, monkeypatch):
-    """Where float32 arithmetic meets a product it does not know, the model's own dtype is gone on with."""
-    score_pack, asked = ranking_querit.score_pack, []
+def test_weights_that_float32_states_cannot_be_computed_with_are_computed_in_their_dtype(loaded, scores):
+    asked = []
 
-    def fussy(*args, converts, **kwargs):
-        asked.append(converts)
-        if converts:
+    def refuse(module, args, kwargs):
+        asked.append(kwargs["mixed_precision"])
+        if kwargs["mixed_precision"]:
             raise RuntimeError("expected scalar type Float but found BFloat16")
-        return score_pack(*args, converts=converts, **kwargs)
 
-    monkeypatch.setattr(ranking_querit, "score_pack", fussy)
+    loaded.register_forward_pre_hook(refuse, with_kwargs=True)
     for _ in range(2):
         assert loaded.predict(tiny.pairs()).tolist() == pytest.approx(scores, abs=1e-5)
+    # It is tried once, and not again.
     assert asked == [True, False, False]
 
 
@@ -419,7 +413,7 @@ def test_default_batch_tokens(models):
 
 
 @pytest.mark.parametrize("pairs", [[None], ["ab"], [("a", "b"), ("a",)], ("ab", "cd"), [{"query": "a", "text": "b"}]])
-def test_what_is_no_pair_is_named(model, pairs):
+def test_an_error_names_what_is_not_a_pair(model, pairs):
     with pytest.raises(TypeError, match=r"Pair [01] is .*: give \(query, document\) tuples"):
         model.predict(pairs)
 

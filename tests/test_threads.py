@@ -5,13 +5,13 @@ import pytest
 from modeling_querit.threads import threads
 
 
-def test_results():
+def test_jobs_return_their_results():
     with threads(2) as pool:
         assert [job.result() for job in [pool.submit(abs, number) for number in (-1, 2)]] == [1, 2]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_what_has_not_begun_does_not_begin_after_an_error(error):
+def test_pending_jobs_are_cancelled_after_an_error(error):
     begun, running, go_on = [], threading.Event(), threading.Event()
 
     def work(number):

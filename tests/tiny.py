@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers, and what several test files compute beside the package."""
+"""Tiny models and tokenizers, and reference computations that several test files share."""
 
 import copy
 import json
@@ -40,12 +40,12 @@ DOCUMENTS = [
     "Der Richter schrieb das Buch im Jahr 1831.",
     "知らない人が書いた本",
 ]
-# The same as runtimes read them that know no titles.
+# The same documents for runtimes that do not know titles.
 STRINGS = [
     document if isinstance(document, str) else f"{document['title']} {document['text']}" for document in DOCUMENTS
 ]
 INSTRUCTION = "Find a novel."
-# How published checkpoints differ.
+# Layouts of published checkpoints.
 LAYOUTS = {
     "as published": {},
     "backbone without prefix": {"prefix": ""},
@@ -54,7 +54,7 @@ LAYOUTS = {
     "sharded": {"shards": 3},
     "sharded without prefix": {"shards": 3, "prefix": ""},
 }
-# Over 256 tokens, so that it is cut.
+# Longer than 256 tokens, so that it is cut.
 LONG_DOCUMENT = "the judge wrote a book about the content of another book, " * 40
 
 _CORPUS = [
@@ -122,7 +122,7 @@ def make_text_config(architecture, **kwargs):
 
 
 def make_model(architecture, processor=None, **kwargs):
-    """A model whose every tensor counts: norms, routing biases and head are random too."""
+    """A model in which every tensor matters: norms, routing biases and head are random too."""
     torch.manual_seed(0)
     model = QueritForSequenceRanking(QueritConfig(text_config=make_text_config(architecture, **kwargs))).eval()
     with torch.no_grad():
@@ -151,7 +151,7 @@ def softmax_difference(logits):
 def reference_score(model, ids, position_ids=None):
     """The score of one unpadded sequence, by transformers' own backbone and numpy in float64."""
     config = copy.deepcopy(model.config.text_config)
-    # Nothing of ours.
+    # None of our own code.
     config._experts_implementation = "eager"
     backbone = BACKBONES[config.model_type](config).eval()
     backbone.load_state_dict(model.model.state_dict())
@@ -191,7 +191,7 @@ def write_published(folder, model, tensors, shards=1):
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    index = {"metadata": {"total_size": sum(each.nbytes for each in tensors.values())}, "weight_map": {}}
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": {}}
     for shard in range(shards):
         name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = {key: tensors[key] for key in sorted(tensors)[shard::shards]}

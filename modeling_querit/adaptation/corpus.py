@@ -1,69 +1,77 @@
-"""Stage 1: documents read, cleaned, told by language, without near-duplicates, and a sample that covers them."""
+"""Stage 1: read documents, clean them, detect languages, drop near-duplicates, and draw a sample for queries."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import logging
+import itertools
 import random
 import re
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..files import read_jsonl
+from ..processing_querit import document_text
 from ..retrieval.bm25 import tokenize
+from ..retrieval.collection import Source
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from datasketch import MinHash
+    from py3langid.langid import LanguageIdentifier
 
-Document = dict[str, Any]
+# A document of a collection: `_id`, `title`, `text`, and, once stage 1 has detected it, `language`.
+CorpusDocument = dict[str, str]
+# JSON values that decide what a model, an index or a generator returns; its cached results are stored under them.
+CacheIdentity = Sequence[Any]
 Key = TypeVar("Key", bound=Hashable)
 
 UNKNOWN_LANGUAGE = "und"
-# Letters by which a language is told; fewer than the lower number say nothing.
-_LETTERS_TO_TELL = 20
-_CHARS_TO_TELL = 2000
-# Probability a language has to have; short texts in English are taken for any of a hundred others.
-_SURE = 0.5
-# Of a text: the share of control characters from which on it is no text.
-_JUNK = 0.02
-# Thai, Lao, Japanese, Chinese, Korean.
-_DENSE = re.compile("[\u0e00-\u0eff\u3040-\u9fff\uac00-\ud7af]")
-# Near-duplicates: tokens of a shingle, and hash functions.
-_SHINGLE, _PERMUTATIONS = 3, 64
-# Documents of a cluster on average, clusters at most, and dimensions they are found in.
-_CLUSTER_SIZE, _MAX_CLUSTERS, _DIMENSIONS = 100, 100, 64
+# Characters of a text that language detection and clustering read.
+_HEAD_CHARS = 2000
+# Letters below which detection does not try.
+_MIN_DETECTION_LETTERS = 20
+# Probability below which a language counts as unknown: short English texts look like any of a hundred others.
+_MIN_PROBABILITY = 0.5
+# Thai, Lao, Japanese, Chinese, Korean: scripts with few characters a word.
+_DENSE_SCRIPTS = re.compile("[\u0e00-\u0eff\u3040-\u9fff\uac00-\ud7af]")
+# Share of control characters above which a text counts as binary data.
+_MAX_CONTROL_SHARE = 0.02
+_SHINGLE_TOKENS, _MINHASH_PERMUTATIONS = 3, 64
+_MEAN_CLUSTER_SIZE, _MAX_CLUSTERS, _SVD_DIMENSIONS = 100, 100, 64
 
 
-def read_documents(sources: Sequence[str], dropped: Counter[str]) -> Iterator[Document]:
-    """Documents of folders in the BEIR layout, `.jsonl` files (also `.gz`) or datasets on the Hub, `NAME:SPLIT`.
+def read_corpus(sources: Sequence[str], dropped: Counter[str]) -> Iterator[CorpusDocument]:
+    """Read documents of folders in the BEIR layout, `.jsonl` files (also `.gz`), or Hub datasets (`NAME:SPLIT`).
 
-    Judgements, where a folder has some, are not looked at.
+    Relevance judgements, where a folder has them, are not read.
 
     Args:
-        sources: Where they are. An id that two of them have counts as given twice.
-        dropped: Counts, by reason, what is no document: lines that are not UTF-8 or no JSON, objects without text,
-            empty texts, and such that are no text but binary data.
+        sources: Folders, files and datasets. An id that occurs in two of them is a duplicate.
+        dropped: Counter of the rows that are not documents, by reason: not UTF-8, not JSON, no text, title is not a
+            string, empty, binary, duplicate id.
 
     Yields:
-        `{"_id", "title", "text"}`; ids that are not given are `#` and a number, and a space in them is `%20`.
+        `{"_id", "title", "text"}`. A document without an id gets `#` and its row number; spaces in ids become `%20`.
 
     Raises:
-        FileNotFoundError: if there is no such source.
+        FileNotFoundError: if a source does not exist.
+        ValueError: if a `.gz` file is damaged.
     """
+    # Rows of all sources are numbered together, so that ids made from the numbers do not collide.
+    numbers = itertools.count()
+
+    def drop_line(error: ValueError, line: bytes) -> None:
+        dropped["not JSON" if _is_utf8(line) else "not UTF-8"] += 1
+        next(numbers)
+
     seen: set[str] = set()
-    rows = (row for source in sources for row in _rows_of(source))
-    for number, row in enumerate(rows):
-        if isinstance(row, str):
-            dropped[row] += 1
-            continue
-        document, reason = _clean(row, number)
+    for row in (row for source in sources for row in _rows(source, drop_line)):
+        document, reason = _clean(row, next(numbers))
         if reason is None and document["_id"] in seen:
-            reason = "id given twice"
+            reason = "duplicate id"
         if reason is not None:
             dropped[reason] += 1
             continue
@@ -71,189 +79,199 @@ def read_documents(sources: Sequence[str], dropped: Counter[str]) -> Iterator[Do
         yield document
 
 
-def _rows_of(source: str) -> Iterator[Any]:
-    """Parsed rows, or, as a string, why there is none."""
+def source_files(source: str) -> list[Path]:
+    """The files that `read_corpus` reads for a source; none for a dataset on the Hub.
+
+    Args:
+        source: Folder in the BEIR layout, file, or dataset (`NAME:SPLIT`). If a dataset is a local folder, all of
+            its files count.
+    """
+    path, dataset = Path(source).expanduser(), Source.parse(source, "train").folder
+    if path.is_dir() and (corpus_files := sorted(path.glob("corpus.jsonl*"))):
+        return corpus_files
+    if dataset.is_dir():
+        return sorted(file for file in dataset.rglob("*") if file.is_file())
+    return [path] if path.is_file() else []
+
+
+def _rows(source: str, on_error: Callable[[ValueError, bytes], None]) -> Iterator[Any]:
+    """Parsed rows; `on_error` gets the lines that are not JSON in UTF-8."""
     path = Path(source).expanduser()
     if path.is_dir():
-        found = [path / name for name in ("corpus.jsonl", "corpus.jsonl.gz") if (path / name).exists()]
-        if not found:
+        candidates = [path / name for name in ("corpus.jsonl", "corpus.jsonl.gz") if (path / name).exists()]
+        if not candidates:
             raise FileNotFoundError(f"{path} has no corpus.jsonl or corpus.jsonl.gz: a folder is in the BEIR layout.")
-        path = found[0]
+        path = candidates[0]
     if path.exists():
-        yield from _lines(path)
+        for _, row in read_jsonl(path, on_error):
+            yield row
     elif source.endswith((".jsonl", ".jsonl.gz", ".json")) or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"There is no {source}.")
+        raise FileNotFoundError(f"No such file or folder: {source}.")
     else:
         from datasets import load_dataset
 
-        name, _, split = source.partition(":")
-        yield from load_dataset(name, split=split or "train", streaming=True)
+        dataset = Source.parse(source, "train")
+        yield from load_dataset(str(dataset.folder), split=dataset.split, streaming=True)
 
 
-def _lines(path: Path) -> Iterator[Any]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        for line in _whole(lines, path):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                yield "no text" if isinstance(row, str) else row
-            except UnicodeDecodeError:
-                yield "not UTF-8"
-            except (ValueError, RecursionError):
-                yield "no JSON"
-
-
-def _whole(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
+def _is_utf8(line: bytes) -> bool:
     try:
-        yield from lines
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is cut off, or no gzip file: {error}") from None
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
-def _clean(row: Any, number: int) -> tuple[Document, str | None]:
-    """A document, and why it is none."""
+def _clean(row: Any, number: int) -> tuple[CorpusDocument, str | None]:
+    """A document, and the reason to drop it, if there is one."""
     if not isinstance(row, Mapping) or not isinstance(row.get("text"), str):
         return {}, "no text"
     title = row.get("title") or ""
     if not isinstance(title, str):
-        return {}, "title is no text"
-    # Runs are files whose fields are divided by white space.
-    given = (tidy(str(row[name])).replace(" ", "%20") for name in ("_id", "id", "docid") if row.get(name) is not None)
-    document = {"_id": next(filter(None, given), f"#{number}"), "title": tidy(title), "text": tidy(row["text"])}
+        return {}, "title is not a string"
+    # The fields of a TREC run are separated by white space.
+    ids = (tidy(str(row[name])).replace(" ", "%20") for name in ("_id", "id", "docid") if row.get(name) is not None)
+    document = {"_id": next(filter(None, ids), f"#{number}"), "title": tidy(title), "text": tidy(row["text"])}
     if not any(map(str.isalnum, document["text"])):
         return document, "empty"
-    raw = row["text"]
-    junk = sum(unicodedata.category(char) in ("Cc", "Cs", "Co", "Cn") and not char.isspace() for char in raw)
-    junk += raw.count("\N{REPLACEMENT CHARACTER}")
-    return document, "binary" if junk > _JUNK * len(raw) else None
+    text = row["text"]
+    bad = sum(unicodedata.category(char) in ("Cc", "Cs", "Co", "Cn") and not char.isspace() for char in text)
+    bad += text.count("\N{REPLACEMENT CHARACTER}")
+    return document, "binary" if bad > _MAX_CONTROL_SHARE * len(text) else None
 
 
 def tidy(text: str) -> str:
-    """A text without control characters and lone surrogates, its white space single."""
-    kept = (char if char.isspace() or unicodedata.category(char) not in ("Cc", "Cs") else " " for char in text)
-    return " ".join("".join(kept).split())
+    """Remove control characters and lone surrogates, and collapse white space."""
+    chars = (char if char.isspace() or unicodedata.category(char) not in ("Cc", "Cs") else " " for char in text)
+    return " ".join("".join(chars).split())
 
 
-def cut(document: Document, max_chars: int) -> Document:
-    """The document with no more than its first `max_chars` characters of text, which end with a word."""
+def truncate(document: CorpusDocument, max_chars: int) -> CorpusDocument:
+    """Truncate the text of a document to `max_chars` characters, at the end of a word where the script has spaces."""
     text = document["text"]
     if len(text) <= max_chars:
         return document
     head = text[: max_chars + 1] if text[max_chars].isspace() else text[:max_chars]
-    # Scripts without spaces are cut where they are.
+    # A space only in the first half means a script without spaces, in which any place will do.
     return document | {"text": head[: head.rfind(" ")] if " " in head[max_chars // 2 :] else head}
 
 
-def cut_all(documents: Iterable[Document], max_chars: int, counts: Counter[str]) -> Iterator[Document]:
-    """Documents with no more than `max_chars` characters of text; those that had more are counted as `cut`."""
+def truncate_all(documents: Iterable[CorpusDocument], max_chars: int, counts: Counter[str]) -> Iterator[CorpusDocument]:
+    """Truncate documents to `max_chars` characters of text; `counts["truncated"]` counts the longer ones."""
     for document in documents:
-        counts["cut"] += len(document["text"]) > max_chars
-        yield cut(document, max_chars)
+        counts["truncated"] += len(document["text"]) > max_chars
+        yield truncate(document, max_chars)
 
 
-def language_of(text: str) -> str:
-    """ISO 639-1 code of a text's language, by py3langid; `und` if it cannot be told, as of many a title.
+def detect_language(text: str) -> str:
+    """ISO 639-1 code of a text's language, by py3langid; `und` if the text is too short or the result too uncertain.
 
     Example:
         ```python
-        >>> language_of("Wie entferne ich ein Paket samt seiner Konfiguration?")
+        >>> detect_language("Wie entferne ich ein Paket samt seiner Konfiguration?")
         'de'
         ```
     """
-    head = text[:_CHARS_TO_TELL]
+    head = text[:_HEAD_CHARS]
     letters = sum(map(str.isalpha, head))
-    # One character of these scripts says as much as several of an alphabet.
-    if letters + 3 * len(_DENSE.findall(head)) < _LETTERS_TO_TELL:
+    # A character of these scripts carries as much information as several letters of an alphabet.
+    if letters + 3 * len(_DENSE_SCRIPTS.findall(head)) < _MIN_DETECTION_LETTERS:
         return UNKNOWN_LANGUAGE
-    return _identifier().classify(head)[0]
+    return _language_identifier().classify(head)[0]
 
 
 @cache
-def _identifier() -> Any:
+def _language_identifier() -> LanguageIdentifier:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=_SURE)
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=_MIN_PROBABILITY)
 
 
-def with_languages(documents: Iterable[Document], wanted: Sequence[str], dropped: Counter[str]) -> Iterator[Document]:
-    """Documents with a `language` each; those in other languages than `wanted`, if there are any, are dropped."""
+def add_languages(
+    documents: Iterable[CorpusDocument], languages: Sequence[str], dropped: Counter[str]
+) -> Iterator[CorpusDocument]:
+    """Add `language` to documents, and drop those in a language that is not among `languages`, unless that is empty."""
     for document in documents:
-        language = language_of(document["text"])
-        if wanted and language not in wanted:
+        language = detect_language(document["text"])
+        if languages and language not in languages:
             dropped["language"] += 1
         else:
             yield document | {"language": language}
 
 
 def drop_near_duplicates(
-    documents: Iterable[Document], dropped: Counter[str], similarity: float = 0.9
-) -> Iterator[Document]:
-    """Documents that are unlike all before them: by MinHash over shingles of three tokens, with `datasketch`.
+    documents: Iterable[CorpusDocument], dropped: Counter[str], similarity: float = 0.9
+) -> Iterator[CorpusDocument]:
+    """Drop near-duplicates of earlier documents, by MinHash over shingles of three tokens (`datasketch`).
 
     Args:
-        documents: In order; of two that are alike the first stays.
-        dropped: Counts the others.
-        similarity: Estimated Jaccard similarity of shingles from which on documents are alike, in (0, 1].
+        documents: Documents in order; the first of several near-duplicates stays.
+        dropped: Counter of the others, as `duplicate` (same tokens) or `near-duplicate`.
+        similarity: Estimated Jaccard similarity of two documents' shingles from which on they are near-duplicates, in
+            (0, 1].
     """
     from datasketch import MinHash, MinHashLSH
 
-    # It finds candidates only: better too many than too few. For thresholds closer to 1 it has no bands.
-    index = MinHashLSH(threshold=min(similarity, 0.99), num_perm=_PERMUTATIONS, weights=(0.05, 0.95))
-    sketches: dict[str, Any] = {}
-    exact: set[bytes] = set()
+    # The index only proposes candidates, so recall matters more than precision. It has no bands for thresholds near 1.
+    index = MinHashLSH(threshold=min(similarity, 0.99), num_perm=_MINHASH_PERMUTATIONS, weights=(0.05, 0.95))
+    sketches: dict[str, MinHash] = {}
+    digests: set[bytes] = set()
     for document in documents:
-        tokens = tokenize(f"{document['title']} {document['text']}")
+        tokens = tokenize(document_text(document))
         digest = hashlib.sha256(" ".join(tokens).encode()).digest()
-        if digest in exact:
+        if digest in digests:
             dropped["duplicate"] += 1
             continue
-        sketch = MinHash(num_perm=_PERMUTATIONS)
-        starts = range(max(1, len(tokens) - _SHINGLE + 1))
-        sketch.update_batch({" ".join(tokens[start : start + _SHINGLE]).encode() for start in starts})
+        sketch = MinHash(num_perm=_MINHASH_PERMUTATIONS)
+        starts = range(max(1, len(tokens) - _SHINGLE_TOKENS + 1))
+        sketch.update_batch({" ".join(tokens[start : start + _SHINGLE_TOKENS]).encode() for start in starts})
         if any(sketch.jaccard(sketches[other]) >= similarity for other in index.query(sketch)):
             dropped["near-duplicate"] += 1
             continue
-        exact.add(digest)
+        digests.add(digest)
         index.insert(document["_id"], sketch)
         sketches[document["_id"]] = sketch
         yield document
 
 
-def sample(documents: Sequence[Document], size: int, seed: int) -> list[Document]:
-    """Documents that stand for all of them: its share from each language and each cluster.
+def sample(documents: Sequence[CorpusDocument], size: int, seed: int) -> list[CorpusDocument]:
+    """Draw a sample stratified by language and by cluster, in the order of `documents`.
 
-    Clusters are found by k-means on TF-IDF vectors of tokens, reduced by SVD (scikit-learn).
+    Clusters come from k-means on TF-IDF vectors of tokens, reduced by SVD (scikit-learn).
 
     Args:
-        documents: With a `language` each.
-        size: How many; all, if there are no more.
-        seed: Of clusters and draws.
+        documents: Documents with a `language`.
+        size: Number of documents to draw; all, if there are no more.
+        seed: Seed of clusters and draws.
     """
     if size >= len(documents):
         return list(documents)
     strata: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for place, cluster in enumerate(_clusters(documents, seed)):
-        strata[documents[place]["language"], cluster].append(place)
+    for index, cluster in enumerate(_clusters(documents, seed)):
+        strata[documents[index]["language"], cluster].append(index)
     rng = random.Random(f"{seed}/sample")
-    counts = shares({key: len(places) for key, places in sorted(strata.items())}, size)
-    chosen = [place for key, count in counts.items() for place in rng.sample(strata[key], count)]
-    return [documents[place] for place in sorted(chosen)]
+    counts = allocate({stratum: len(indices) for stratum, indices in sorted(strata.items())}, size)
+    chosen = [index for stratum, count in counts.items() for index in rng.sample(strata[stratum], count)]
+    return [documents[index] for index in sorted(chosen)]
 
 
-def shares(sizes: Mapping[Key, int], total: int) -> dict[Key, int]:
-    """How many of `total` each group gets, in proportion to its size, none nothing as long as there is enough for all.
+def allocate(sizes: Mapping[Key, int], total: int) -> dict[Key, int]:
+    """Allocate `total` draws to strata in proportion to their sizes; each gets at least one, if there are enough.
+
+    Args:
+        sizes: Stratum -> number of members.
+        total: Number of draws; all members, if there are no more.
 
     Example:
         ```python
-        >>> shares({"en": 90, "de": 9, "fi": 1}, 10)
+        >>> allocate({"en": 90, "de": 9, "fi": 1}, 10)
         {'en': 8, 'de': 1, 'fi': 1}
         ```
     """
-    everything = sum(sizes.values())
-    total = min(total, everything)
+    members = sum(sizes.values())
+    total = min(total, members)
     least = 1 if total >= len(sizes) else 0
-    exact = {key: total * size / everything for key, size in sizes.items()}
+    exact = {key: total * size / members for key, size in sizes.items()}
     counts = {key: min(sizes[key], max(least, int(share))) for key, share in exact.items()}
     while (missing := total - sum(counts.values())) != 0:
         step = 1 if missing > 0 else -1
@@ -263,18 +281,21 @@ def shares(sizes: Mapping[Key, int], total: int) -> dict[Key, int]:
     return counts
 
 
-def _clusters(documents: Sequence[Document], seed: int) -> list[int]:
+def _clusters(documents: Sequence[CorpusDocument], seed: int) -> list[int]:
+    """Cluster of each document."""
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    count = min(_MAX_CLUSTERS, len(documents) // _CLUSTER_SIZE)
+    count = min(_MAX_CLUSTERS, len(documents) // _MEAN_CLUSTER_SIZE)
     if count < 2:
         return [0] * len(documents)
-    analyzer: Callable[[str], list[str]] = lambda text: tokenize(text[:_CHARS_TO_TELL])  # noqa: E731
-    vectors = TfidfVectorizer(analyzer=analyzer, max_features=50_000, sublinear_tf=True).fit_transform(
-        f"{each['title']} {each['text']}" for each in documents
-    )
-    if vectors.shape[1] > _DIMENSIONS:
-        vectors = TruncatedSVD(_DIMENSIONS, random_state=seed).fit_transform(vectors)
+    vectorizer = TfidfVectorizer(analyzer=_head_tokens, max_features=50_000, sublinear_tf=True)
+    vectors = vectorizer.fit_transform(map(document_text, documents))
+    if vectors.shape[1] > _SVD_DIMENSIONS:
+        vectors = TruncatedSVD(_SVD_DIMENSIONS, random_state=seed).fit_transform(vectors)
     return MiniBatchKMeans(count, random_state=seed, n_init=3).fit_predict(vectors).tolist()
+
+
+def _head_tokens(text: str) -> list[str]:
+    return tokenize(text[:_HEAD_CHARS])

@@ -1,4 +1,4 @@
-"""Requests to model servers: many at once, repeated with back-off, no faster than allowed."""
+"""Client for model servers: concurrent requests with retries, back-off and a rate limit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from typing import Annotated, Any, TypeVar
 
@@ -28,17 +28,23 @@ from ..threads import threads
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
 
-# What is asked is at fault, such as a document that is longer than the model reads: others may be answered.
-_REFUSED = {400, 413, 422}
-# So many of these before the first answer: the request itself is wrong. So many in a row: the server is gone.
-_REFUSALS = 8
-# Too many requests, timeouts, and servers in trouble: the same request may succeed later.
-_TRY_AGAIN = {408, 409, 425, 429}
-_LONGEST_WAIT = 60.0
+# Status codes of a request that is at fault itself, such as a document that is too long: others may succeed.
+_REFUSED_STATUS = {400, 413, 422}
+# Status codes after which the same request may succeed later, as it may after 5xx.
+_TRANSIENT_STATUS = {408, 409, 425, 429}
+# Failures before the first good answer from which on all requests count as wrong, and failures in a row from which on
+# the server counts as gone.
+_MAX_FAILURES = 8
+_MAX_WAIT_SECONDS = 60.0
 
 
 class Unavailable(ConnectionError):
-    """A server that could not be reached, or answered with an error that may pass."""
+    """The server could not be reached, or answered with a transient error.
+
+    Args:
+        message: What happened.
+        wait: Seconds that the server asked to wait, if it did.
+    """
 
     def __init__(self, message: str, wait: float | None = None):
         super().__init__(message)
@@ -46,33 +52,39 @@ class Unavailable(ConnectionError):
 
 
 class Malformed(RuntimeError):
-    """An answer that is cut off, or not of the form it has to be."""
+    """The answer is cut off, or not in the expected form."""
 
 
 class Refused(ValueError):
-    """A request that the server does not answer, and would not if it were repeated."""
+    """The server refuses this request, and would refuse it again."""
 
 
 class Endpoint:
-    """One route of a server that takes and returns JSON.
+    """A route of a server that takes and returns JSON.
 
-    Requests that fail for reasons that may pass (no connection, timeouts, status 408, 409, 425, 429 and 5xx, answers
-    that are cut off or malformed) are repeated, after waits that double, or as long as `Retry-After` says. Those with
-    status 400, 413 or 422 are `Refused`, and so is one that a server which answers others fails at to the last attempt.
-    Others, such as 401, end the run at once, as do refusals and malformed answers without any good one.
+    Transient failures (no connection, timeouts, status 408, 409, 425, 429 and 5xx, malformed answers) are retried with
+    exponential back-off, or after as long as `Retry-After` says. Status 400, 413 and 422 raise `Refused`, and so does a
+    request that fails to the last attempt while the server answers others. Any other status, such as 401, raises
+    ValueError at once, as do refusals and malformed answers if there has been no good answer before.
 
     Args:
-        url: Of the route.
-        concurrency: Requests under way at once.
-        requests_per_minute: At most, of each process; None: no limit.
-        attempts: How often a request is made before it is given up.
-        timeout: Seconds until an answer has to be there.
-        api_key_variable: The environment variable that holds the key, such as `OPENAI_API_KEY`; without a name, none is
-            sent, so that no key goes to a server that it is not for.
-        backoff: Seconds of the first wait, at most; waits are drawn.
+        url: URL of the route.
+        concurrency: Most requests under way at a time.
+        requests_per_minute: Most requests a minute, of each process; None for no limit.
+        attempts: Most times that a request is sent.
+        timeout: Seconds within which the whole answer has to arrive.
+        api_key_variable: Environment variable that holds the API key, such as `OPENAI_API_KEY`. Without it no key is
+            sent, so that no key reaches a server that it is not for.
+        backoff: Upper bound of the first wait, in seconds; it doubles with each retry, and waits are drawn below it.
 
     Raises:
-        ValueError: if the url has no scheme or is none, a number is below 1, or there is no key.
+        ValueError: if the URL is invalid, a number is out of its range, or there is no such key.
+
+    Example:
+        ```python
+        >>> endpoint = Endpoint("http://localhost:8000/v1/rerank", concurrency=4)
+        >>> endpoint.post({"query": "fox", "documents": ["a fox"]}, lambda answer: answer["results"])
+        ```
     """
 
     @validate_call
@@ -88,101 +100,106 @@ class Endpoint:
         backoff: NonNegativeFloat = 1.0,
     ):
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url is {url!r}: it begins with http:// or https://.")
+            raise ValueError(f"url is {url!r}: it has to begin with http:// or https://.")
         try:
             httpx.URL(url)
         except httpx.InvalidURL as error:
             raise ValueError(f"url is {url!r}: {error}.") from None
         self.url, self.concurrency, self._timeout = url, concurrency, timeout
-        #: How often a request was repeated, by what was wrong.
-        self.repeated: Counter[str] = Counter()
-        self._answered, self._refusals, self._lost = False, 0, 0
+        #: Number of retries by their reason, `unavailable` or `malformed`.
+        self.retries: Counter[str] = Counter()
+        self._is_working, self._refusals, self._failures = False, 0, 0
         self._stopped = threading.Event()
-        key = _key_of(api_key_variable)
+        key = _read_key(api_key_variable)
         self._client = httpx.Client(
             timeout=timeout,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=concurrency),
         )
         self._limiter = Limiter(Rate(requests_per_minute, Duration.MINUTE)) if requests_per_minute else None
-        doubling = wait_random_exponential(multiplier=backoff, max=_LONGEST_WAIT)
+        exponential = wait_random_exponential(multiplier=backoff, max=_MAX_WAIT_SECONDS)
         self._retrying = Retrying(
             retry=retry_if_exception_type((Unavailable, Malformed)),
             stop=stop_after_attempt(attempts) | stop_when_event_set(self._stopped),
             sleep=sleep_using_event(self._stopped),
-            wait=lambda state: doubling(state) if (asked := _asked_for(state)) is None else asked,
-            before_sleep=self._count,
+            wait=lambda state: exponential(state) if (seconds := _requested_wait(state)) is None else seconds,
+            before_sleep=self._count_retry,
             reraise=True,
         )
 
-    def known_to_answer(self) -> None:
-        """Answers of it are on disk: what it refuses now, it would not refuse all of."""
-        self._answered = True
+    def mark_as_working(self) -> None:
+        """Take the server as one that answers, as its cached answers show: a refusal is then that request's fault."""
+        self._is_working = True
 
-    def ask(self, payload: dict[str, Any], parse: Callable[[Any], Answer]) -> Answer:
-        """Send a request, and return what `parse` makes of its answer; it raises `Malformed` if it cannot.
+    def post(self, payload: dict[str, Any], parse: Callable[[Any], Answer]) -> Answer:
+        """Send a request, and parse its answer.
+
+        Args:
+            payload: JSON of the request.
+            parse: Turns the JSON of the answer into the result; an error in it means that the answer is malformed.
 
         Raises:
-            Unavailable, Malformed: if that is how the last attempt ended.
+            Unavailable, Malformed: if the last attempt failed in that way.
             Refused: if the server refuses this request, or answers others and never this one.
-            ValueError: if it refuses all, or answers nothing well; repeating them would not help.
+            ValueError: if the server refuses every request, or all its answers are malformed.
         """
         try:
-            return self._retrying.copy()(self._ask, payload, parse)
+            return self._retrying.copy()(self._post_once, payload, parse)
         except (Unavailable, Malformed) as error:
-            self._lost += 1
-            if isinstance(error, Unavailable) and self._answered and self._lost < _REFUSALS:
+            self._failures += 1
+            if isinstance(error, Unavailable) and self._is_working and self._failures < _MAX_FAILURES:
                 raise Refused(str(error)) from error
-            if isinstance(error, Malformed) and not self._answered and self._lost >= _REFUSALS:
-                raise ValueError(f"{error} No answer was better.") from error
+            if isinstance(error, Malformed) and not self._is_working and self._failures >= _MAX_FAILURES:
+                raise ValueError(f"{error} So was every answer before it.") from error
             raise
 
     def map(self, function: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
-        """What a function that asks returns for each item, in order, so many at once as the server may get."""
+        """Call a function that posts for each item, `concurrency` at a time; results are in the order of the items."""
         self._stopped.clear()
         with threads(self.concurrency) as pool:
             try:
                 futures = [pool.submit(function, item) for item in items]
-                # One request that is refused ends the run: those that were not sent stay unsent.
+                # The first error ends all: what has not been sent stays unsent.
                 for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                     future.result()
                 return [future.result() for future in futures]
             except BaseException:
-                # Nobody waits for what would be repeated.
+                # Wakes requests that wait to be retried.
                 self._stopped.set()
                 raise
 
-    def _ask(self, payload: dict[str, Any], parse: Callable[[Any], Answer]) -> Answer:
+    def _post_once(self, payload: dict[str, Any], parse: Callable[[Any], Answer]) -> Answer:
         if self._limiter is not None:
             self._limiter.try_acquire(self.url)
         try:
-            response = self._post(payload)
+            response = self._send(payload)
         except httpx.TimeoutException as error:
             raise Unavailable(f"{self.url} did not answer in time ({type(error).__name__}).") from None
         except httpx.HTTPError as error:
             raise Unavailable(f"{self.url} could not be reached: {error}") from None
-        if response.status_code in _TRY_AGAIN or response.status_code >= 500:
-            message = f"{self.url} answered {response.status_code}: {response.text[:200]}"
-            raise Unavailable(message, _retry_after(response))
         if response.status_code != 200:
-            self._refusals += 1
-            is_one = response.status_code in _REFUSED and (self._answered or self._refusals <= _REFUSALS)
-            raise (Refused if is_one else ValueError)(
-                f"{self.url} answered {response.status_code}: {response.text[:200]}"
-            )
+            raise self._error_of(response)
         try:
             answer = response.json()
         except (ValueError, RecursionError) as error:
-            raise Malformed(f"{self.url} answered what is no JSON: {error}") from None
+            raise Malformed(f"{self.url} answered with something that is not JSON: {error}") from None
         try:
             parsed = parse(answer)
         except (LookupError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
-            raise Malformed(f"{self.url} answered something else than it should: {error!r}") from None
-        self._answered, self._lost = True, 0
+            raise Malformed(f"{self.url} answered in an unexpected form: {error!r}.") from None
+        self._is_working, self._failures = True, 0
         return parsed
 
-    def _post(self, payload: dict[str, Any]) -> httpx.Response:
-        # httpx's own timeout is that of each piece of an answer.
+    def _error_of(self, response: httpx.Response) -> Exception:
+        message = f"{self.url} answered {response.status_code}: {response.text[:200]}"
+        if response.status_code in _TRANSIENT_STATUS or response.status_code >= 500:
+            return Unavailable(message, _retry_after(response))
+        self._refusals += 1
+        others_may_succeed = self._is_working or self._refusals <= _MAX_FAILURES
+        return (Refused if response.status_code in _REFUSED_STATUS and others_may_succeed else ValueError)(message)
+
+    def _send(self, payload: dict[str, Any]) -> httpx.Response:
+        # httpx's own timeout holds for each piece of an answer, not for the whole.
         deadline = time.monotonic() + self._timeout
         pieces = []
         with self._client.stream("POST", self.url, json=payload) as response:
@@ -192,28 +209,46 @@ class Endpoint:
                     raise httpx.ReadTimeout("the answer took too long")
         return httpx.Response(response.status_code, headers=response.headers, content=b"".join(pieces))
 
-    def _count(self, state: RetryCallState) -> None:
-        self.repeated[type(state.outcome.exception()).__name__.lower()] += 1
+    def _count_retry(self, state: RetryCallState) -> None:
+        self.retries[type(_last_error(state)).__name__.lower()] += 1
 
 
-def _key_of(variable: str | None) -> str | None:
-    if variable is not None and not os.environ.get(variable):
-        raise ValueError(f"api_key_variable is {variable!r}, but there is no such variable: set it, or leave it out.")
-    key = os.environ[variable].strip() if variable else None
-    if key and not (key.isascii() and key.isprintable()):
-        raise ValueError(f"api_key_variable is {variable!r}, which holds no key: a key is plain ASCII, in one line.")
+def count_retries(users: Mapping[str, object]) -> Counter[str]:
+    """Retries of generators or teachers that have an `endpoint`, as `name reason` -> number."""
+    endpoints = {name: user.endpoint for name, user in users.items() if hasattr(user, "endpoint")}
+    return Counter(
+        {
+            f"{name} {reason}": count
+            for name, endpoint in endpoints.items()
+            for reason, count in endpoint.retries.items()
+        }
+    )
+
+
+def _read_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ValueError(f"api_key_variable is {variable!r}, but that variable is not set: set it, or leave it out.")
+    key = os.environ[variable].strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"api_key_variable is {variable!r}, which holds no API key: a key is one line of ASCII.")
     return key
 
 
-def _asked_for(state: RetryCallState) -> float | None:
-    """The seconds that the server asked to wait."""
-    return getattr(state.outcome.exception(), "wait", None)
+def _requested_wait(state: RetryCallState) -> float | None:
+    """Seconds that the server asked to wait."""
+    return getattr(_last_error(state), "wait", None)
+
+
+def _last_error(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    value = response.headers.get("retry-after", "")
+    """Seconds of the header `Retry-After`, at most a minute; None if it has none, or a date."""
     try:
-        seconds = float(value)
+        seconds = float(response.headers.get("retry-after", ""))
     except ValueError:
         return None
-    return min(seconds, _LONGEST_WAIT) if seconds >= 0 else None
+    return min(seconds, _MAX_WAIT_SECONDS) if seconds >= 0 else None

@@ -1,29 +1,34 @@
-"""Which of the written queries are kept, and why the others are not."""
+"""Filters for generated queries: length, language, copying, duplicates, and the round trip through the first stage."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
+from ..processing_querit import document_text
 from ..retrieval.bm25 import tokenize
-from ..training.mining import Retriever
-from .corpus import UNKNOWN_LANGUAGE, Document, language_of
+from ..retrieval.sampling import Retriever
+from .corpus import UNKNOWN_LANGUAGE, CorpusDocument, detect_language
 from .extractive import without_copy
 
-# Queries looked up at once.
-_LOOKED_UP = 256
+# Queries searched at once.
+_BATCH_SIZE = 256
+# Tokens below which a query's detected language is not trusted.
+_MIN_LANGUAGE_TOKENS = 6
 
 
 @dataclass(frozen=True)
 class Query:
-    """A written query.
+    """A generated query.
 
     Args:
-        id: Its own.
+        id: Id of the query.
         text: The query.
-        document: Id of the document it was written for.
-        style, language, generator: As which, in which language, and by what.
+        document: Id of the document that it was written for.
+        style: Style that was asked for, one of `prompts.STYLES`.
+        language: ISO 639-1 code of the language that was asked for.
+        generator: Name of the generator that wrote it.
     """
 
     id: str
@@ -35,16 +40,19 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a query has to be like.
+class QueryLimits:
+    """Limits that a generated query has to keep.
 
     Args:
-        min_tokens, max_tokens: Words; pairs of characters where a script has no spaces.
-        max_copied: Share of the query that may be one uninterrupted piece of the document: above it, a query is found
-            by its wording.
-        may_copy: Generators whose queries are pieces of documents by design.
-        same_language: Whether a query has to be in the language that was asked for.
-        round_trip: The document that a query was written for has to be among the first so many; 0: it need not.
+        min_tokens, max_tokens: Range of its length, in words; in pairs of characters for scripts without spaces.
+        max_copied: Largest share of the query that may be one verbatim piece of the document, in (0, 1]: above it, the
+            document is found by wording alone.
+        may_copy: Names of generators whose queries are pieces of documents by design.
+        same_language: Whether the query has to be in the language that was asked for.
+        round_trip: Rank by which the first stage has to find the query's document; 0 for no round trip.
+
+    Raises:
+        ValueError: if a limit is out of its range.
     """
 
     min_tokens: int = 2
@@ -61,25 +69,31 @@ class Limits:
             raise ValueError(f"max_copied is {self.max_copied}: it has to be in (0, 1].")
 
 
-def judged(
-    queries: Iterable[Query], documents: Mapping[str, Document], limits: Limits, first_stage: Retriever | None
+def filter_queries(
+    queries: Iterable[Query],
+    documents: Mapping[str, CorpusDocument],
+    limits: QueryLimits,
+    first_stage: Retriever | None,
 ) -> Iterator[tuple[Query, str | None]]:
-    """Each query with the reason to drop it, or None.
-
-    Reasons: `short`, `long`, `language`, `copied`, `whole` (all that its document says), `duplicate`, `round-trip`.
+    """Check queries, and give for each the reason to drop it, or None.
 
     Args:
-        queries: In order; of two that say the same the first stays.
-        documents: By id.
-        limits: What queries have to be like.
-        first_stage: For the round trip.
+        queries: Queries in order; the first of several with the same tokens stays.
+        documents: Documents by id.
+        limits: Limits that queries have to keep.
+        first_stage: First stage for the round trip; None for no round trip.
+
+    Yields:
+        (query, reason): `short`, `long`, `language`, `copied`, `whole document` (hardly anything of the document is
+        left without the query), `duplicate`, `round-trip`, or None.
     """
     seen: set[tuple[str, ...]] = set()
-    alone = ((query, _fault(query, documents[query.document], limits)) for query in queries)
-    for some in _chunks(alone):
-        kept = [query for query, reason in some if reason is None]
-        lost = _lost(kept, first_stage, limits.round_trip) if first_stage and limits.round_trip and kept else set()
-        for query, reason in some:
+    queries = iter(queries)
+    while batch := list(islice(queries, _BATCH_SIZE)):
+        reasons = [_violated_limit(query, documents[query.document], limits) for query in batch]
+        within_limits = [query for query, reason in zip(batch, reasons, strict=True) if reason is None]
+        lost = _failed_round_trips(within_limits, first_stage, limits.round_trip)
+        for query, reason in zip(batch, reasons, strict=True):
             tokens = tuple(tokenize(query.text))
             if query.id in lost:
                 reason = "round-trip"
@@ -90,37 +104,41 @@ def judged(
             yield query, reason
 
 
-def _lost(queries: Sequence[Query], first_stage: Retriever, depth: int) -> set[str]:
-    """Ids of queries whose document is not found."""
-    found = first_stage.search([query.text for query in queries], depth)
+def _failed_round_trips(queries: Sequence[Query], first_stage: Retriever | None, depth: int) -> set[str]:
+    """Ids of the queries whose document is not among the first stage's best `depth`."""
+    if first_stage is None or not depth or not queries:
+        return set()
+    rankings = first_stage.search([query.text for query in queries], depth)
     return {
         query.id
-        for query, hits in zip(queries, found, strict=True)
+        for query, hits in zip(queries, rankings, strict=True)
         if query.document not in {document for document, _ in hits}
     }
 
 
-def _fault(query: Query, document: Document, limits: Limits) -> str | None:
+def _violated_limit(query: Query, document: CorpusDocument, limits: QueryLimits) -> str | None:
     tokens = tokenize(query.text)
     if len(tokens) < limits.min_tokens:
         return "short"
     if len(tokens) > limits.max_tokens:
         return "long"
-    if limits.same_language and not _is_in(query.text, query.language):
+    if limits.same_language and not _is_in_language(query.text, query.language):
         return "language"
     if query.generator not in limits.may_copy and copied_share(tokens, document) > limits.max_copied:
         return "copied"
-    return "whole" if without_copy(document, query.text) is None else None
+    return "whole document" if without_copy(document, query.text) is None else None
 
 
-def _is_in(text: str, language: str) -> bool:
-    found = language_of(text)
-    # A few words are hard to tell: only what is surely something else counts.
-    return UNKNOWN_LANGUAGE in (found, language) or found == language or len(tokenize(text)) < 6
+def _is_in_language(text: str, language: str) -> bool:
+    detected = detect_language(text)
+    # Detection errs on a few words: only a certain mismatch counts.
+    return (
+        UNKNOWN_LANGUAGE in (detected, language) or detected == language or len(tokenize(text)) < _MIN_LANGUAGE_TOKENS
+    )
 
 
-def copied_share(tokens: Sequence[str], document: Document) -> float:
-    """Share of a query's tokens in its longest piece that the document has word for word, in [0, 1].
+def copied_share(tokens: Sequence[str], document: CorpusDocument) -> float:
+    """Share of a query's tokens in the longest piece that the document contains verbatim, in [0, 1].
 
     Example:
         ```python
@@ -128,25 +146,13 @@ def copied_share(tokens: Sequence[str], document: Document) -> float:
         0.666...
         ```
     """
-    words = tokenize(f"{document['title']} {document['text']}")
-    places: dict[str, list[int]] = {}
-    for place, word in enumerate(words):
-        places.setdefault(word, []).append(place)
+    positions: dict[str, list[int]] = {}
+    for position, token in enumerate(tokenize(document_text(document))):
+        positions.setdefault(token, []).append(position)
     longest = 0
-    # Ends of common pieces in the document, with their lengths.
-    ends: dict[int, int] = {}
+    # Position in the document -> length of the common piece that ends there and at the query's current token.
+    lengths: dict[int, int] = {}
     for token in tokens:
-        ends = {place: ends.get(place - 1, 0) + 1 for place in places.get(token, ())}
-        longest = max(longest, *ends.values(), 0)
+        lengths = {position: lengths.get(position - 1, 0) + 1 for position in positions.get(token, ())}
+        longest = max(longest, *lengths.values(), 0)
     return longest / len(tokens) if tokens else 0.0
-
-
-def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == _LOOKED_UP:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

@@ -1,53 +1,72 @@
-"""Writers of queries: language models at hand, and language models behind a server."""
+"""Generators, which write queries: language models on this machine or behind a server.
+
+To add one, write a class with the members of `Generator` here or in a file of its own, and list it in `GENERATORS`;
+options of the YAML file become keyword arguments of its constructor.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, validate_call
 
-from .corpus import cut, tidy
+from ..cache import key_of
+from ..checkpoints.identity import identity_of
+from ..checkpoints.loading import default_device
+from .corpus import CacheIdentity, tidy, truncate
 from .endpoint import Endpoint, Malformed, Refused
-from .prompts import INSTRUCTION, Request, completion_of, messages_of
-from .shards import key_of
-from .weights import device, identity_of, without_special
+from .extractive import ExtractiveGenerator
+from .prompts import INSTRUCTION, QueryRequest, completion_of, messages_of, without_special_tokens
+from .settings import ENDPOINT, EXTRACTIVE, construct
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Generator(Protocol):
-    """What writes queries.
+    """Writes queries.
+
+    A generator that asks a server has it as `endpoint`, whose retries are reported.
 
     Attributes:
-        identity: Values of JSON that decide what it writes. Queries are kept under it.
-        batch_size: Requests a call of `generate` gets.
+        identity: JSON values that decide what it writes: weights, prompts, settings. Queries are cached under them.
+        batch_size: Most requests that a call of `generate` gets.
     """
 
-    identity: Any
     batch_size: int
 
-    def generate(self, requests: Sequence[Request]) -> Sequence[str | None]:
-        """A query for each request; None where none came."""
+    @property
+    def identity(self) -> CacheIdentity:
+        """JSON values that decide the results."""
+
+    def generate(self, requests: Sequence[QueryRequest]) -> Sequence[str | None]:
+        """Write a query for each request.
+
+        Returns:
+            Texts; an empty one where the model gave no usable answer, and None where it may give one in another run.
+        """
 
 
 class TransformersGenerator:
-    """A causal language model through `transformers.generate`.
+    """A causal language model, by `transformers.generate`.
 
-    Models with a chat template are asked; others continue a text, for which `shots` are worth having.
+    Models with a chat template get an instruction; others continue a few-shot prompt.
 
     Args:
         model: Folder or repository.
-        template: The instruction, for chat templates; see `prompts.INSTRUCTION`.
+        template: Instruction for models with a chat template; see `prompts.INSTRUCTION`.
         shots: (document text, query) pairs of any collection, for models without a chat template.
-        max_chars: Of a document; the rest is not shown.
-        max_new_tokens: Of a query.
-        temperature: 0 for the likeliest query; above, queries are drawn.
-        top_p: Share of the likeliest tokens that are drawn from.
-        batch_size: Requests at once.
-        seed: Of the draws, which depend on seed and batch alone.
+        max_chars: Characters of a document that the model sees.
+        max_new_tokens: Most tokens of a query.
+        temperature: Sampling temperature; 0 for greedy decoding.
+        top_p: Probability mass of the tokens that are sampled from, in (0, 1].
+        batch_size: Requests of a forward pass.
+        seed: Seed of the sampling, which depends on the seed and the batch alone.
     """
 
     @validate_call
@@ -67,80 +86,83 @@ class TransformersGenerator:
         self.name, self.template, self.max_chars, self.batch_size = model, template, max_chars, batch_size
         self.shots = [({"title": "", "text": text}, query) for text, query in shots]
         self.seed = seed
-        self.settings = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        self.generate_options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
-            self.settings |= {"temperature": temperature, "top_p": top_p}
+            self.generate_options |= {"temperature": temperature, "top_p": top_p}
 
     @cached_property
-    def identity(self) -> Any:
-        """Of the weights, of what they read, and of how queries are drawn."""
+    def identity(self) -> CacheIdentity:
+        """Weights, prompt and sampling; the batch size too, since padding and sampling depend on it."""
         prompt = [self.template, self.shots, self.max_chars]
-        return ["transformers", identity_of(self.name), prompt, self.settings, self.batch_size, self.seed]
+        return ["transformers", identity_of(self.name), prompt, self.generate_options, self.batch_size, self.seed]
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
+    def _model_and_tokenizer(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.name, padding_side="left")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return AutoModelForCausalLM.from_pretrained(self.name, dtype="auto").to(device()).eval(), tokenizer
+        return AutoModelForCausalLM.from_pretrained(self.name, dtype="auto").to(default_device()).eval(), tokenizer  # type: ignore[arg-type]
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request]) -> list[str]:
-        """The first line of what the model writes for each request."""
-        model, tokenizer = self._loaded
-        prompts = [self._prompt(request) for request in requests]
+    def generate(self, requests: Sequence[QueryRequest]) -> list[str]:
+        """The first line of the model's answer to each request; empty where the answer is cut off within it."""
+        model, tokenizer = self._model_and_tokenizer
+        prompts = [self.prompt_of(request) for request in requests]
         is_chat = tokenizer.chat_template is not None
         inputs = tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=not is_chat).to(model.device)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(int.from_bytes(key_of(self.seed, prompts)[:7]))
-            # A line is all that is wanted, and a model without a chat template does not know when to stop.
+            # A base model does not know when to stop, and one line is all that is needed.
             stop = {} if is_chat else {"stop_strings": ["\n"], "tokenizer": tokenizer}
-            written = model.generate(**inputs, **self.settings, **stop, pad_token_id=tokenizer.pad_token_id)
-        written = written[:, inputs["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        # Nothing after it: it was cut off where its tokens ended, unless its end is a token of its own.
-        ends = torch.tensor([tokenizer.pad_token_id, *_ends_of(model)], device=written.device)
-        has_ended = torch.isin(written[:, -1], ends).tolist()
+            output = model.generate(  # type: ignore[operator]
+                **inputs, **self.generate_options, **stop, pad_token_id=tokenizer.pad_token_id
+            )
+        answers = output[:, inputs["input_ids"].shape[1] :]  # (requests, new tokens)
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        # An answer whose last token does not end it was cut off by max_new_tokens.
+        end_tokens = torch.tensor([tokenizer.pad_token_id, *_end_tokens(model)], device=answers.device)
+        is_complete = torch.isin(answers[:, -1], end_tokens).tolist()  # (requests,)
         return [
-            first_line(text) if ended or not (_is_one_line(text) and text[-1:] != "\n") else ""
-            for text, ended in zip(texts, has_ended, strict=True)
+            first_line(text) if complete or not (_is_one_line(text) and text[-1:] != "\n") else ""
+            for text, complete in zip(texts, is_complete, strict=True)
         ]
 
-    def _prompt(self, request: Request) -> str:
-        _, tokenizer = self._loaded
-        request = _shortened(request, self.max_chars)
-        # What looks like the end of a turn in a document is no such thing.
-        document = {name: without_special(text, tokenizer) for name, text in request.document.items()}
+    def prompt_of(self, request: QueryRequest) -> str:
+        """The text that the model continues."""
+        _, tokenizer = self._model_and_tokenizer
+        request = _truncated(request, self.max_chars)
+        # The name of a special token in a document would be tokenized as that token.
+        document = {name: without_special_tokens(text, tokenizer) for name, text in request.document.items()}
         request = replace(request, document=document)
         if tokenizer.chat_template is None:
             return completion_of(request, self.shots)
-        options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
-        return tokenizer.apply_chat_template(messages_of(request, self.template), **options)
+        options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
+        return str(tokenizer.apply_chat_template(messages_of(request, self.template), **options))
 
 
-def _ends_of(model: Any) -> list[int]:
-    """Tokens that end what the model writes."""
+def _end_tokens(model: PreTrainedModel) -> list[int]:
+    """Ids of the tokens that end an answer."""
     ends = model.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 class EndpointGenerator:
-    """An OpenAI-compatible server, vLLM for one: its `/chat/completions`.
+    """A language model behind an OpenAI-compatible server, such as vLLM: its route `/chat/completions`.
 
     Args:
-        url: Up to the route, `http://host:8000/v1`.
-        model: The name it goes by there.
-        template: The instruction; see `prompts.INSTRUCTION`.
-        version: Changed by you when the server has got other weights under the same name.
-        max_chars: Of a document; the rest is not sent.
-        max_tokens: Of a query.
-        temperature: 0 for the likeliest query.
-        seed: Sent with each request, differing from request to request.
-        batch_size: Requests written down at once.
-        extra_body: What else goes with each request, such as `{"chat_template_kwargs": {"enable_thinking": False}}`.
-        **options: Those of `Endpoint`.
+        url: Base URL, such as `http://host:8000/v1`.
+        model: Name of the model on the server.
+        template: Instruction; see `prompts.INSTRUCTION`.
+        version: A word to change when the server has other weights under the same name: queries are cached under it.
+        max_chars: Characters of a document that are sent.
+        max_tokens: Most tokens of a query.
+        temperature: Sampling temperature; 0 for greedy decoding.
+        seed: Seed from which the seed of each request is derived.
+        batch_size: Requests whose queries are written to the cache together.
+        extra_body: Further fields of each request, such as `{"chat_template_kwargs": {"enable_thinking": False}}`.
+        **options: Options of `Endpoint`.
     """
 
     @validate_call
@@ -160,39 +182,70 @@ class EndpointGenerator:
         **options: Any,
     ):
         self.template, self.max_chars, self.batch_size, self.seed = template, max_chars, batch_size, seed
-        self.settings = {"model": model, "max_tokens": max_tokens, "temperature": temperature} | (extra_body or {})
+        self.payload = {"model": model, "max_tokens": max_tokens, "temperature": temperature} | (extra_body or {})
         self.endpoint = Endpoint(f"{url.rstrip('/')}/chat/completions", **options)
-        self.identity = ["endpoint", self.settings, version, template, max_chars, seed]
+        self.identity: CacheIdentity = ["endpoint", self.payload, version, template, max_chars, seed]
 
-    def generate(self, requests: Sequence[Request]) -> list[str | None]:
-        """The first line of each answer; None where it was refused, or malformed to the last attempt."""
-        return self.endpoint.map(self._query_of, requests)
+    def generate(self, requests: Sequence[QueryRequest]) -> list[str | None]:
+        """The first line of each answer; None where the server refused, or its last answer was malformed."""
+        return self.endpoint.map(self._generate_one, requests)
 
-    def _query_of(self, request: Request) -> str | None:
-        messages = messages_of(_shortened(request, self.max_chars), self.template)
+    def _generate_one(self, request: QueryRequest) -> str | None:
+        messages = messages_of(_truncated(request, self.max_chars), self.template)
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{messages}".encode("utf-8", "surrogatepass")).digest()[:4])
-        payload = self.settings | {"messages": messages, "seed": seed}
         try:
-            return self.endpoint.ask(payload, _content)
+            return self.endpoint.post(self.payload | {"messages": messages, "seed": seed}, _content)
         except (Malformed, Refused):
             return None
 
 
+# Type in the settings -> class. The extractive generator is listed for its name: it needs the collection.
+GENERATORS: dict[str, Callable[..., Generator]] = {
+    EXTRACTIVE: ExtractiveGenerator,
+    "transformers": TransformersGenerator,
+    ENDPOINT: EndpointGenerator,
+}
+
+
+def make_generators(settings: Mapping[str, Mapping[str, Any]], extractive: ExtractiveGenerator) -> dict[str, Generator]:
+    """Make generators from the section `queries.generators`.
+
+    Args:
+        settings: Name -> options, with the `type` among them if it is not the name.
+        extractive: The extractive generator of the collection, for entries of that type.
+
+    Raises:
+        ValueError: if a type or an option is unknown, or an option is out of its range; the message names it.
+    """
+    generators: dict[str, Generator] = {}
+    for name, section in settings.items():
+        options, where = dict(section), f"queries.generators.{name}"
+        kind = options.pop("type", name)
+        if kind != EXTRACTIVE:
+            generators[name] = construct(GENERATORS, kind, options, where)
+        elif options:
+            raise ValueError(f"{where}: {EXTRACTIVE} has no option {next(iter(options))!r}: leave it out.")
+        else:
+            generators[name] = extractive
+    return generators
+
+
 def _content(answer: Any) -> str:
+    """The query in an answer of `/chat/completions`."""
     choice = answer["choices"][0]
     content = choice["message"]["content"]
     if not isinstance(content, str):
-        raise Malformed(f"The answer's content is {content!r}.")
+        raise Malformed(f"The content of the answer is {content!r}, not a string.")
     return "" if choice.get("finish_reason") == "length" and _is_one_line(content) else first_line(content)
 
 
 def _is_one_line(text: str) -> bool:
-    """Whether the first line may go on: the answer was cut off within it."""
+    """Whether an answer that was cut off ends within its first line."""
     return "\n" not in text.strip()
 
 
 def first_line(text: str) -> str:
-    """The first line with anything in it, without quotes, a list's mark or a field's name around it.
+    """The first line of an answer that is not blank, without quotes, list marker or field name around it.
 
     Example:
         ```python
@@ -200,7 +253,7 @@ def first_line(text: str) -> str:
         'Who wrote Faust?'
         ```
     """
-    # What a model thinks before it answers is no answer.
+    # Reasoning is not part of the answer.
     text = text.rpartition("</think>")[2]
     if text.lstrip().startswith("<think>"):
         return ""
@@ -214,5 +267,5 @@ def first_line(text: str) -> str:
     return line.strip(quotes).strip() if line[:1] in quotes and line[-1:] in quotes else line
 
 
-def _shortened(request: Request, max_chars: int) -> Request:
-    return replace(request, document=cut(request.document, max_chars))
+def _truncated(request: QueryRequest, max_chars: int) -> QueryRequest:
+    return replace(request, document=truncate(request.document, max_chars))

@@ -1,60 +1,90 @@
-"""What has been done in a run's folder, from what, and with what result: `manifest.json`."""
+"""The manifest of a run: its finished stages, with fingerprints of their inputs and hashes of their outputs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from ..cache import key_of
+from ..checkpoints.identity import identity_of
+from ..checkpoints.mini import MINI_NAME
 from ..environment import environment
 from ..files import sha256, write_json
+from ..retrieval.dense import PACKAGES
+from .settings import AdaptSettings
 
 MANIFEST_FILE = "manifest.json"
 
+# What a stage reports: numbers, and counters of them, by name.
+Counts = dict[str, Any]
 
-class Manifest:
-    """The stages that have ended, with the hashes of what they wrote.
+
+class StageRecord(TypedDict):
+    """A finished stage in the manifest.
 
     Args:
-        folder: Of the run.
+        fingerprint: Fingerprint of all that its result depends on.
+        sha256: Path in the run's folder -> hash, for each file that it wrote.
+        counts: Numbers that it reported.
+        seconds: Wall-clock time.
+    """
+
+    fingerprint: str
+    sha256: dict[str, str]
+    counts: Counts
+    seconds: float
+
+
+class Manifest:
+    """Finished stages of a run.
+
+    Args:
+        folder: Folder of the run.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / MANIFEST_FILE
 
     @property
-    def stages(self) -> dict[str, dict[str, Any]]:
-        """By name: `fingerprint`, `sha256` by file, `counts`, `seconds`."""
+    def stages(self) -> dict[str, StageRecord]:
+        """Stage -> record.
+
+        Raises:
+            ValueError: if the manifest is damaged.
+        """
         return self._read().get("stages", {})
 
-    def done(self, stage: str, fingerprint: str) -> dict[str, Any] | None:
-        """The counts of a stage that has ended, if it would do the same again and its files are as it wrote them."""
-        found = self.stages.get(stage)
-        if not isinstance(found, dict) or found.get("fingerprint") != fingerprint:
+    def finished(self, stage: str, fingerprint: str) -> Counts | None:
+        """Counts of a stage that finished with this fingerprint and whose files are unchanged; None otherwise."""
+        record = self.stages.get(stage)
+        if not isinstance(record, dict) or record.get("fingerprint") != fingerprint:
             return None
-        files = {self.folder / name: digest for name, digest in found["sha256"].items()}
-        is_whole = all(path.exists() and sha256(path) == digest for path, digest in files.items())
-        return found["counts"] if is_whole else None
+        digests = {self.folder / name: digest for name, digest in record["sha256"].items()}
+        is_unchanged = all(path.exists() and sha256(path) == digest for path, digest in digests.items())
+        return record["counts"] if is_unchanged else None
 
     def record(
         self,
         stage: str,
         fingerprint: str,
         written: Iterable[Path],
-        counts: dict[str, Any],
+        counts: Counts,
         seconds: float,
-        settings: dict[str, Any],
+        settings: Mapping[str, Any],
     ) -> None:
-        """Write down that a stage has ended.
+        """Record a finished stage.
 
         Args:
-            stage: Its name.
-            fingerprint: Of its settings and of what it read.
-            written: The files it wrote.
-            counts: What it tells of itself.
-            seconds: How long it took.
-            settings: Of the run.
+            stage: Name of the stage.
+            fingerprint: Fingerprint of all that its result depends on.
+            written: Files that it wrote.
+            counts: Numbers that it reported.
+            seconds: Wall-clock time.
+            settings: Settings of the run.
         """
         manifest = {"stages": {}} | self._read() | {"settings": settings, **environment()}
         manifest["stages"][stage] = {
@@ -69,27 +99,66 @@ class Manifest:
         if not self.path.exists():
             return {}
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            manifest = json.loads(self.path.read_text(encoding="utf-8"))
         except ValueError:
-            found = None
-        if not isinstance(found, dict) or not isinstance(found.get("stages", {}), dict):
-            raise ValueError(f"{self.path} is damaged: remove it, and all stages are done again, from what is cached.")
-        return found
+            manifest = None
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("stages", {}), dict):
+            raise ValueError(f"{self.path} is damaged: remove it, and all stages are run again, from their caches.")
+        return manifest
 
 
-def in_words(counts: Mapping[str, Any]) -> str:
-    """Counts in a line.
+@dataclass(frozen=True)
+class Dependencies:
+    """What the result of a stage depends on, beside the seed and the files of earlier stages.
+
+    Args:
+        sections: Names of settings and sections of settings.
+        models: Names of models that may change under the same name: folders, and packages.
+        files: Files that the user provides; those that do not exist are left out.
+        values: JSON values.
+    """
+
+    sections: tuple[str, ...]
+    models: Sequence[str] = ()
+    files: Sequence[Path] = ()
+    values: tuple[Any, ...] = ()
+
+
+def fingerprint_of(settings: AdaptSettings, inputs: Sequence[Path], dependencies: Dependencies) -> str:
+    """Fingerprint of all that the result of a stage depends on, in hexadecimal.
+
+    Args:
+        settings: Settings of the run.
+        inputs: Files of earlier stages.
+        dependencies: What else the result depends on.
+    """
+    values = settings.model_dump(mode="json", include=set(dependencies.sections))
+    input_digests = [sha256(path) for path in inputs]
+    file_digests = [sha256(path) for path in dependencies.files if path.exists()]
+    identities = model_identities(dependencies.models)
+    return key_of(values, settings.seed, input_digests, file_digests, identities, dependencies.values).hex()
+
+
+def model_identities(names: Iterable[str]) -> dict[str, Any]:
+    """Hashes of models in folders, and versions of models in packages, by name; repositories are left out."""
+    names = set(names)
+    packages = {name: version(PACKAGES[name]) for name in names if name in PACKAGES}
+    return packages | {name: identity_of(name) for name in names if name == MINI_NAME or Path(name).is_dir()}
+
+
+def summarize(counts: Mapping[str, Any]) -> str:
+    """Counts as one line.
 
     Example:
         ```python
-        >>> in_words({"queries": 1200, "dropped": {"short": 3}})
+        >>> summarize({"queries": 1200, "dropped": {"short": 3}})
         'queries 1,200, dropped (short 3)'
         ```
     """
     parts = []
     for name, value in counts.items():
         if isinstance(value, Mapping):
-            parts += [f"{name} ({inner})"] if (inner := in_words(value)) else []
+            parts += [f"{name} ({inner})"] if (inner := summarize(value)) else []
         else:
             parts.append(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}".strip())
     return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""What language models are asked for: a query in one of four styles, in the language of the document."""
+"""Prompts for query generation: a query in one of four styles, in the language of the document."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .corpus import Document
+from transformers import PreTrainedTokenizerBase
 
-# What a query of each style is, and the name of the field it goes in.
+from .corpus import CorpusDocument
+
+# Style -> what such a query is, and the name of the field that it goes in.
 STYLES = {
     "question": ("a question that a person would ask, and that this document answers", "Question"),
     "keywords": (
@@ -19,7 +21,7 @@ STYLES = {
     "claim": ("one sentence with a claim that this document supports or refutes", "Claim"),
     "title": ("a short title that this document could have", "Title"),
 }
-_LANGUAGES = {
+_LANGUAGE_NAMES = {
     "ar": "Arabic", "bn": "Bengali", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
     "es": "Spanish", "fa": "Persian", "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi",
     "hu": "Hungarian", "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean", "nl": "Dutch",
@@ -33,17 +35,20 @@ INSTRUCTION = (
 
 
 @dataclass(frozen=True)
-class Request:
-    """A query to be written.
+class QueryRequest:
+    """A query to be written for a document.
 
     Args:
-        document: For which one.
+        document: The document that the query is for.
         style: One of `STYLES`.
-        language: ISO 639-1 code that the query is to be in; `und`: whatever the document is in.
-        examples: Real queries of the target collection, which show what its users write.
+        language: ISO 639-1 code of the query's language; `und` for the language of the document.
+        examples: Real queries of the target collection, which show the model what users write.
+
+    Raises:
+        ValueError: if the style is unknown.
     """
 
-    document: Document
+    document: CorpusDocument
     style: str
     language: str
     examples: tuple[str, ...] = ()
@@ -54,14 +59,14 @@ class Request:
 
 
 def read_examples(path: Path) -> list[str]:
-    """The lines of a file that are not empty.
+    """Read example queries, one a line; blank lines are skipped.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not UTF-8.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}, which queries.examples names.")
+        raise FileNotFoundError(f"queries.examples: no such file: {path}.")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -69,36 +74,49 @@ def read_examples(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def instruction_of(request: Request, template: str = INSTRUCTION) -> str:
-    """What a model is told to do; `${style}`, `${field}` and `${language}` of the template are filled in."""
+def instruction_of(request: QueryRequest, template: str = INSTRUCTION) -> str:
+    """Fill in `${style}`, `${field}` and `${language}` of an instruction template."""
     style, field = STYLES[request.style]
-    language = _LANGUAGES.get(request.language)
+    language = _LANGUAGE_NAMES.get(request.language)
     values = {"style": style, "field": field.lower(), "language": f", in {language}" if language else ""}
     return string.Template(template).safe_substitute(values)
 
 
-def messages_of(request: Request, template: str = INSTRUCTION) -> list[dict[str, str]]:
-    """A conversation for models with a chat template."""
+def messages_of(request: QueryRequest, template: str = INSTRUCTION) -> list[dict[str, str]]:
+    """Conversation for models with a chat template: one message of the user."""
     content = instruction_of(request, template)
     if request.examples:
-        content += "\n\nWhat people search this collection for:\n" + _listed(request.examples)
+        content += "\n\nWhat people search this collection for:\n" + _bullets(request.examples)
     document = request.document
     title = f"Title: {document['title']}\n" if document["title"] else ""
     return [{"role": "user", "content": f"{content}\n\nDocument:\n{title}{document['text']}"}]
 
 
-def completion_of(request: Request, shots: Sequence[tuple[Document, str]] = ()) -> str:
-    """Text to continue, for models without a chat template: examples of documents and queries, then the document."""
+def completion_of(request: QueryRequest, shots: Sequence[tuple[CorpusDocument, str]] = ()) -> str:
+    """Few-shot prompt for models without a chat template.
+
+    Args:
+        request: The query to be written.
+        shots: (document, query) pairs that come before it.
+    """
     field = STYLES[request.style][1]
-    parts = [f"Document: {_text(document)}\n{field}: {query}" for document, query in shots]
+    parts = [f"Document: {_as_sentences(document)}\n{field}: {query}" for document, query in shots]
     if request.examples:
-        parts.insert(0, "What people search for:\n" + _listed(request.examples))
-    return "\n\n".join([*parts, f"Document: {_text(request.document)}\n{field}:"])
+        parts.insert(0, "What people search for:\n" + _bullets(request.examples))
+    return "\n\n".join([*parts, f"Document: {_as_sentences(request.document)}\n{field}:"])
 
 
-def _text(document: Document) -> str:
+def without_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Replace the names of a tokenizer's special tokens by spaces, so that a text cannot inject them."""
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, " ")
+    return text
+
+
+def _as_sentences(document: CorpusDocument) -> str:
+    """Title and text as prose: a base model continues sentences better than fields that run together."""
     return f"{document['title']}. {document['text']}" if document["title"] else document["text"]
 
 
-def _listed(examples: Sequence[str]) -> str:
+def _bullets(examples: Sequence[str]) -> str:
     return "\n".join(f"- {example}" for example in examples)

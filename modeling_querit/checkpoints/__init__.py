@@ -1,1 +1,1 @@
-"""Checkpoints in and out: plain decoders, published layouts, the model that ships with the package."""
+"""Checkpoints: opening any layout, converting between layouts, new rerankers from plain decoders, the mini."""

@@ -1,74 +1,209 @@
-"""From a published checkpoint to the one folder that every runtime loads, and back."""
+"""Conversion between layouts: Querit's, the published one, and a plain sequence classifier of transformers."""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from ..folder_querit import write_code_files
-from .parents import open_parent
-from .streaming import copy_weights, dtype_named
-from .writing import check_new, room_beside, whole_folder
+import torch
+import transformers
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from ..cards import seq_cls_card
+from ..configuration_querit import ACTIVATION
+from ..files import atomic_folder, check_destination, scratch_folder
+from ..saving_querit import SENTENCE_TRANSFORMERS_FILES, write_code_files
+from .checkpoint import Checkpoint, check_trained, open_checkpoint
+from .safetensors_io import InMemoryTensor, LazyTensor, copy_weights, parse_dtype
+
+StrPath = str | os.PathLike[str]
 
 
-def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike, dtype: str = "auto") -> Path:
-    """Write a checkpoint, in any layout that `from_pretrained` understands, or an adapter, as `save_pretrained` does.
+def convert_to_querit(source: StrPath, destination: StrPath, dtype: str = "auto") -> Path:
+    """Write a checkpoint in Querit's layout, as `save_pretrained` does; an adapter is merged into its base model.
 
-    Weights go from file to file in parts. The folder is written aside and then renamed: it is whole, or not there.
+    Weights are streamed from file to file. The folder is written atomically: it appears complete, or not at all.
 
     Args:
-        source: "mini", a folder, a repository or a LoRA adapter.
-        destination: A folder that does not exist yet, or is empty.
-        dtype: Of the weights; "auto" keeps the checkpoint's.
+        source: "mini", a folder in any layout, a repository or a LoRA adapter.
+        destination: Folder that does not exist yet, or is empty.
+        dtype: Data type of the written weights: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+
+    Returns:
+        The destination, as an absolute path.
 
     Raises:
-        OSError: if there is something at the destination, it cannot be written, or there is no such source.
-        ValueError: if the checkpoint lacks a weight, or its tokenizer `[CLS]`.
+        OSError: if the destination is not empty or cannot be written, or there is no such source.
+        ValueError: if the checkpoint lacks a weight, or its tokenizer lacks `[CLS]`.
 
     Example:
         ```python
-        >>> convert_checkpoint("Querit/Querit-4B", "querit-4b")
-        PosixPath('querit-4b')
+        >>> convert_to_querit("Querit/Querit-4B", "querit-4b").name
+        'querit-4b'
         ```
     """
-    destination, wanted = check_new(destination), dtype_named(dtype)
-    with whole_folder(destination) as folder:
-        parent = open_parent(str(source), room_beside(folder))
-        copy_weights(folder, parent.tensors, wanted)
-        config = copy.deepcopy(parent.model.config)
-        config.dtype = config.text_config.dtype = wanted or parent.tensors["score.weight"].dtype
-        config.save_pretrained(folder)
-        write_code_files(parent.model, folder)
-        parent.write_tokenizer(folder)
-    return destination
+    return _convert(source, destination, dtype, _write_querit)
 
 
-def publish_checkpoint(source: str | os.PathLike, destination: str | os.PathLike, dtype: str = "auto") -> Path:
-    """Write a checkpoint as the first release was laid out: for code that was written for that.
+def convert_to_published(source: StrPath, destination: StrPath, dtype: str = "auto") -> Path:
+    """Write a checkpoint in the layout of the first release, for code that was written for it.
 
-    That is the backbone's flat config, which names a class that transformers does not have (`MLQwen3Model`), the head
-    as `head.weight` and `head.bias`, the tokenizer, and nothing else. Weights go from file to file in parts.
+    That is the flat config of the backbone, naming a class that transformers does not have (`MLQwen3Model`), the head
+    as `head.weight` and `head.bias`, the tokenizer, and nothing else.
 
     Args:
-        source: As in `open_parent`.
-        destination: A folder that does not exist yet, or is empty.
-        dtype: Of the weights; "auto" keeps the checkpoint's.
+        source: As in `convert_to_querit`.
+        destination: As in `convert_to_querit`.
+        dtype: As in `convert_to_querit`.
 
     Raises:
-        OSError, ValueError: as `convert_checkpoint`.
+        OSError, ValueError: as in `convert_to_querit`.
     """
-    destination, wanted = check_new(destination), dtype_named(dtype)
-    with whole_folder(destination) as folder:
-        parent = open_parent(str(source), room_beside(folder))
-        heads = {key: f"head.{key.removeprefix('score.')}" for key in parent.tensors if key.startswith("score.")}
-        copy_weights(folder, {heads.get(key, key): tensor for key, tensor in parent.tensors.items()}, wanted)
-        model = parent.model
-        config = model.config.text_config.to_dict() | {
-            "architectures": [f"ML{type(model.model).__name__}"],
-            "dtype": str(wanted or parent.tensors["score.weight"].dtype).removeprefix("torch."),
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        model.processor.tokenizer.save_pretrained(folder)
+    return _convert(source, destination, dtype, _write_published)
+
+
+def convert_to_seq_cls(source: StrPath, destination: StrPath, dtype: str = "auto") -> Path:
+    """Write a checkpoint as a one-label classifier of transformers, such as `Qwen3ForSequenceClassification`.
+
+    Its logit is `(z1 - z0) / 2`, whose tanh is the score: `score.weight = (w1 - w0) / 2`, `score.bias = (b1 - b0) / 2`,
+    both in float32, in which vLLM computes them whatever the other weights are in. vLLM adds the bias; transformers has
+    no place for one, so its logits lack that constant and the order stays the same. The chat template formats the text
+    of a pair, with the roles `query` and `document`.
+
+    Args:
+        source: As in `convert_to_querit`.
+        destination: As in `convert_to_querit`.
+        dtype: Data type of the weights other than the head, as in `convert_to_querit`.
+
+    Raises:
+        OSError: as in `convert_to_querit`.
+        ValueError: if transformers has no such classifier for the architecture, the checkpoint is damaged, or its head
+            is untrained.
+
+    Example:
+        ```python
+        >>> convert_to_seq_cls("querit-4b", "querit-4b-seq-cls").name
+        'querit-4b-seq-cls'
+        ```
+    """
+    return _convert(source, destination, dtype, _write_seq_cls)
+
+
+# Layout -> function that converts to it.
+LAYOUTS: dict[str, Callable[..., Path]] = {
+    "querit": convert_to_querit,
+    "published": convert_to_published,
+    "seq-cls": convert_to_seq_cls,
+}
+
+
+def _convert(
+    source: StrPath,
+    destination: StrPath,
+    dtype: str,
+    write: Callable[[Checkpoint, Path, torch.dtype | None], None],
+) -> Path:
+    destination, wanted_dtype = check_destination(destination), parse_dtype(dtype)
+    with atomic_folder(destination) as folder:
+        write(open_checkpoint(str(source), scratch_folder(folder)), folder, wanted_dtype)
     return destination
+
+
+def _write_querit(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
+    copy_weights(folder, checkpoint.tensors, dtype)
+    config = copy.deepcopy(checkpoint.model.config)
+    config.dtype = config.text_config.dtype = dtype or checkpoint.tensors["score.weight"].dtype
+    config.save_pretrained(folder)
+    write_code_files(checkpoint.model, folder)
+    checkpoint.write_tokenizer(folder)
+
+
+def _write_published(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
+    tensors = {
+        f"head.{key.removeprefix('score.')}" if key.startswith("score.") else key: tensor
+        for key, tensor in checkpoint.tensors.items()
+    }
+    copy_weights(folder, tensors, dtype)
+    model = checkpoint.model
+    config = model.config.text_config.to_dict() | {
+        "architectures": [f"ML{type(model.model).__name__}"],
+        "dtype": _dtype_name(dtype or checkpoint.tensors["score.weight"].dtype),
+    }
+    _write_config(config, folder)
+    model.processor.tokenizer.save_pretrained(folder)
+
+
+def _write_seq_cls(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
+    architecture = _classifier_of(checkpoint)
+    check_trained(checkpoint)
+    head = _fold_head(checkpoint.tensors)
+    copy_weights(folder, checkpoint.tensors | head, dtype, keep_dtype=head)
+    _write_config(_seq_cls_config(checkpoint, architecture, dtype or checkpoint.tensors["score.weight"].dtype), folder)
+    for name, content in SENTENCE_TRANSFORMERS_FILES.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    card = seq_cls_card(folder.name, architecture, checkpoint.name, bias=head["score.bias"].tensor.item())
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    checkpoint.model.processor.save_pretrained(folder)
+
+
+def _classifier_of(checkpoint: Checkpoint) -> str:
+    """Name the classifier of transformers that applies a linear head called `score` to the last token.
+
+    Raises:
+        ValueError: if there is none for the architecture.
+    """
+    model_type = checkpoint.model.config.text_config.model_type
+    name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(model_type)
+    classifier = getattr(transformers, name, None) if isinstance(name, str) else None
+    if classifier is None or not issubclass(classifier, GenericForSequenceClassification):
+        raise ValueError(
+            f"{checkpoint.name} cannot be converted: transformers has no last-token classifier for {model_type}."
+        )
+    return classifier.__name__
+
+
+def _fold_head(tensors: Mapping[str, LazyTensor]) -> dict[str, InMemoryTensor]:
+    """Fold the head's two logits into one, `(z1 - z0) / 2`, in float32."""
+    folded = {}
+    for key in ("score.weight", "score.bias"):
+        rows = tensors[key].read(slice(0, 2)).double()  # (2, hidden) or (2,)
+        folded[key] = InMemoryTensor(((rows[1:] - rows[:1]) / 2).float())
+    return folded
+
+
+def _seq_cls_config(checkpoint: Checkpoint, architecture: str, dtype: torch.dtype) -> dict[str, Any]:
+    processor = checkpoint.model.processor
+    # The written tokenizer has a padding token even if the model's own has none.
+    pad_token_id = processor.portable_tokenizer().pad_token_id
+    if pad_token_id == processor.cls_token_id:
+        # Any other id will do: padding is on the left, and no text ends in it.
+        pad_token_id = int(processor.cls_token_id == 0)
+    # vLLM derives its classifier from the causal LM of that name, transformers from the model type. For Gemma 3's text
+    # model, vLLM has Gemma3ForCausalLM, but no Gemma3TextForCausalLM.
+    text_config = checkpoint.model.config.text_config
+    causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text_config.model_type, architecture)
+    return text_config.to_dict() | {
+        "architectures": [causal_lm.replace("ForCausalLM", "ForSequenceClassification")],
+        "dtype": _dtype_name(dtype),
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        # transformers finds the last token of a text by it.
+        "pad_token_id": pad_token_id,
+        "sentence_transformers": {"activation_fn": ACTIVATION},
+    }
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _write_config(config: Mapping[str, Any], folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Evaluation: how good an order is, against human judgements."""
+"""Evaluation: how well a reranker orders candidates, by relevance judgements (qrels)."""

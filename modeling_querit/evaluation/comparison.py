@@ -1,66 +1,53 @@
-"""Rankings of a judged collection side by side, and whether one is better than another by more than chance."""
+"""Statistics over queries: confidence intervals, and whether two systems differ by more than chance."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 
-from ..retrieval.collection import Collection
-from .metrics import ndcg
-
-# Query id -> document id -> the first stage's score, best first.
-Candidates = dict[str, dict[str, float]]
-# Query id -> nDCG@10.
-Figures = dict[str, float]
+from .metrics import PerQuery, mean
 
 _RESAMPLES = 9_999
+# Values that are resampled at once: a bound on memory.
+_BATCH_VALUES = 10_000_000
 
 
-def judged_queries(collection: Collection) -> list[str]:
-    """The queries that have a relevant document, by id.
+def bootstrap_interval(values: PerQuery, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of a mean over queries, by the percentile bootstrap.
 
-    Raises:
-        ValueError: if there are none.
-    """
-    found = sorted(query for query, grades in collection.qrels.items() if max(grades.values(), default=0) > 0)
-    if not found:
-        raise ValueError(f"{collection.name}: its judgements have no relevant document, so nothing can be measured.")
-    return found
-
-
-def first_stage_candidates(collection: Collection, first_stage: Any, queries: Sequence[str], depth: int) -> Candidates:
-    """Of each query its best `depth` documents; all that the collection lists for it, where it lists some.
+    Source: Sakai, SIGIR 2006.
 
     Args:
-        collection: The collection.
-        first_stage: An index over its documents, with `search(queries, k)`.
-        queries: Their ids.
-        depth: How many, where none are listed.
+        values: Query id -> value of a metric.
+        seed: Seed of the resamples.
+        level: Share of resampled means that lie in the interval.
+
+    Returns:
+        Lower and upper end; both are the mean if there are fewer than two different values.
+
+    Example:
+        ```python
+        >>> bootstrap_interval({"a": 0.5, "b": 0.5, "c": 0.5})
+        (0.5, 0.5)
+        ```
     """
-    texts = [collection.queries[query] for query in queries]
-    found = first_stage.search(texts, len(collection.documents) if collection.candidates else depth)
-    listed = {query: set(documents) for query, documents in collection.candidates.items()}
-    return {
-        query: {document: score for document, score in hits if document in listed[query]}
-        if query in listed
-        else dict(hits[:depth])
-        for query, hits in zip(queries, found, strict=True)
-    }
+    from scipy.stats import bootstrap
+
+    sample = np.array([values[query] for query in sorted(values)])
+    if len(np.unique(sample)) < 2:
+        return mean(values), mean(values)
+    interval = bootstrap(
+        (sample,),
+        np.mean,
+        n_resamples=_RESAMPLES,
+        batch=max(1, _BATCH_VALUES // len(sample)),
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
-def by_score(documents: Sequence[str], scores: Sequence[float]) -> list[str]:
-    """Documents by score, best first; equal scores keep the given order."""
-    return [documents[place] for place in sorted(range(len(documents)), key=lambda place: -scores[place])]
-
-
-def measure(collection: Collection, rankings: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, Figures]:
-    """nDCG@10 of each query, by the name of the ranking."""
-    return {name: ndcg(collection.qrels, ranking) for name, ranking in rankings.items()}
-
-
-def p_value(first: Figures, second: Figures, seed: int = 0) -> float:
+def p_value(first: PerQuery, second: PerQuery, seed: int = 0) -> float:
     """Two-sided p-value of the difference of two means over the same queries, by a paired randomization test.
 
     Source: Smucker, Allan and Carterette, CIKM 2007.
@@ -74,7 +61,7 @@ def p_value(first: Figures, second: Figures, seed: int = 0) -> float:
     from scipy.stats import permutation_test
 
     if first.keys() != second.keys():
-        raise ValueError("The figures are of different queries, so they cannot be compared query by query.")
+        raise ValueError("The two systems were measured on different queries, which cannot be compared.")
     differences = np.array([first[query] - second[query] for query in sorted(first)])
     if len(differences) < 2 or not differences.any():
         return 1.0

@@ -1,1 +1,1 @@
-"""From a folder to the Hub: what a stranger would trip over, the card, the upload."""
+"""Releasing a reranker: checks of its folder, reference scores, publication on the Hub."""

@@ -1,4 +1,4 @@
-"""BM25 as a first stage in any language, on `bm25s`."""
+"""BM25 as a first stage for any language, by `bm25s`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from collections.abc import Mapping, Sequence
 import bm25s
 import regex
 
-# Scripts written without spaces between words: their runs are indexed as overlapping pairs of characters.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-# Unlike that of `re`, its \w takes in the vowel signs of Indic scripts.
-TOKEN = regex.compile(rf"[{_UNSPACED}]+|(?:(?![{_UNSPACED}])[\w\p{{No}}])+")
-_IS_UNSPACED = regex.compile(rf"[{_UNSPACED}]")
+from ..processing_querit import Document, document_text
+
+# Ranges of scripts written without spaces between words, for use in a character class of a regular expression.
+UNSPACED_SCRIPTS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+# The \w of `regex`, unlike that of `re`, matches the vowel signs of Indic scripts.
+TOKEN = regex.compile(rf"[{UNSPACED_SCRIPTS}]+|(?:(?![{UNSPACED_SCRIPTS}])[\w\p{{No}}])+")
+_IS_UNSPACED = regex.compile(rf"[{UNSPACED_SCRIPTS}]")
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-case words; pairs of characters where the script has no spaces.
+    """Split a text into lower-case words, or overlapping pairs of characters where the script has no spaces.
 
     Example:
         ```python
@@ -34,10 +36,13 @@ def tokenize(text: str) -> list[str]:
 
 
 class BM25:
-    """An index over documents, kept in memory.
+    """BM25 index over documents, in memory.
 
     Args:
-        documents: Document id -> `{"title", "text"}`.
+        documents: Document id -> text, or `{"title", "text"}`.
+
+    Raises:
+        ValueError: if there are no documents.
 
     Example:
         ```python
@@ -46,15 +51,14 @@ class BM25:
         ```
     """
 
-    def __init__(self, documents: Mapping[str, Mapping[str, str]]):
+    def __init__(self, documents: Mapping[str, Document]):
         if not documents:
             raise ValueError("There are no documents to index.")
         self.ids = list(documents)
-        self._places = {document: place for place, document in enumerate(self.ids)}
-        texts = [f"{document.get('title') or ''} {document['text']}" for document in documents.values()]
+        self._rows = {document: row for row, document in enumerate(self.ids)}
         self._index = bm25s.BM25(method="lucene")
-        tokens = [tokenize(text) for text in texts]
-        # bm25s cannot index nothing at all; no query has the word "".
+        tokens = [tokenize(document_text(document)) for document in documents.values()]
+        # bm25s needs at least one token; no query has the token "".
         self._index.index(tokens if any(tokens) else [[""] for _ in tokens], show_progress=False)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
@@ -62,19 +66,19 @@ class BM25:
         return [self._search(query, min(k, len(self.ids))) for query in queries]
 
     def scores(self, query: str, documents: Sequence[str]) -> list[float]:
-        """Scores of a query and documents, by id."""
-        known = self._known(query)
-        if not known:
+        """Scores of a query and documents, by document id."""
+        tokens = self._indexed_tokens(query)
+        if not tokens:
             return [0.0] * len(documents)
-        found = self._index.get_scores(known)
-        return [float(found[self._places[document]]) for document in documents]
+        scores = self._index.get_scores(tokens)  # (documents of the index,)
+        return [float(scores[self._rows[document]]) for document in documents]
 
     def _search(self, query: str, k: int) -> list[tuple[str, float]]:
-        known = self._known(query)
-        if not known:
+        tokens = self._indexed_tokens(query)
+        if not tokens:
             return [(document, 0.0) for document in self.ids[:k]]
-        found, scores = self._index.retrieve([known], k=k, show_progress=False)
-        return [(self.ids[index], float(score)) for index, score in zip(found[0], scores[0], strict=True)]
+        rows, scores = self._index.retrieve([tokens], k=k, show_progress=False)  # (1, k) each
+        return [(self.ids[row], float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
 
-    def _known(self, query: str) -> list[str]:
+    def _indexed_tokens(self, query: str) -> list[str]:
         return [token for token in tokenize(query) if token in self._index.vocab_dict]

@@ -1,28 +1,37 @@
-"""Collections in the BEIR layout: `corpus.jsonl`, `queries.jsonl`, `qrels/SPLIT.tsv`, optionally `candidates/`."""
+"""Collections in the BEIR layout, and documents of a file.
+
+A collection is a folder of `corpus.jsonl`, `queries.jsonl`, `qrels/SPLIT.tsv` and, optionally, `candidates/SPLIT.tsv`;
+each may be gzipped.
+"""
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-Qrels = dict[str, dict[str, int]]
+from ..files import decode_line, parse_json, read_jsonl, read_lines
+
+# Relevance judgements: query id -> document id -> grade (0: judged, but not relevant).
+Qrels = Mapping[str, Mapping[str, int]]
+
+_HEADERS = ("query-id", "query_id", "qid")
+_JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Documents, queries and judgements of one split.
+    """Documents, queries and relevance judgements of one split.
 
     Args:
-        name: The folder's name.
+        name: Name of the folder.
         documents: Document id -> `{"title", "text"}`.
-        queries: Query id -> text; only those that have a judgement.
-        qrels: Query id -> document id -> grade (0: judged and not relevant).
-        candidates: Query id -> document ids that were judged for it, where the collection lists them.
+        queries: Query id -> text, of the queries with a judgement.
+        qrels: Query id -> document id -> grade (0: judged, but not relevant).
+        candidates: Query id -> document ids to rank for it, where the collection lists them.
     """
 
     name: str
@@ -32,96 +41,157 @@ class Collection:
     candidates: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, split: str) -> Collection:
-        """Read a folder in the BEIR layout; the JSONL files may be gzipped.
+    def load(cls, folder: str | os.PathLike[str], split: str) -> Collection:
+        """Read a folder in the BEIR layout.
+
+        Args:
+            folder: Path of the folder.
+            split: Name of the split.
 
         Raises:
             FileNotFoundError: if a file of the layout is missing.
             ValueError: if a line cannot be read; the message names file and line.
         """
         folder = Path(folder)
-        qrels: Qrels = {}
-        path = folder / "qrels" / f"{split}.tsv"
-        for number, row in enumerate(_tsv(path), start=1):
+        qrels: dict[str, dict[str, int]] = {}
+        for place, row in _read_tsv(folder / "qrels" / f"{split}.tsv"):
             try:
                 qrels.setdefault(row[0], {})[row[1]] = int(row[2])
             except (IndexError, ValueError):
-                raise ValueError(f"{path}, row {number}: a row is query, document and a whole number.") from None
+                raise ValueError(f"{place}: a row is query id, document id and a whole number.") from None
         documents = {
             str(row["_id"]): {"title": row.get("title") or "", "text": row["text"]}
-            for row in _jsonl(folder / "corpus.jsonl", ("_id", "text"))
+            for row in _read_texts(folder / "corpus.jsonl")
         }
         queries = {
-            name: row["text"]
-            for row in _jsonl(folder / "queries.jsonl", ("_id", "text"))
-            if (name := str(row["_id"])) in qrels
+            query_id: row["text"]
+            for row in _read_texts(folder / "queries.jsonl")
+            if (query_id := str(row["_id"])) in qrels
         }
         candidates: dict[str, list[str]] = {}
-        path = folder / "candidates" / f"{split}.tsv"
-        if path.exists():
-            for row in _tsv(path):
+        candidates_path = folder / "candidates" / f"{split}.tsv"
+        if _plain_or_gzipped(candidates_path):
+            for _, row in _read_tsv(candidates_path):
                 if row[0] in queries and row[1] in documents:
                     candidates.setdefault(row[0], []).append(row[1])
-        # Judgements outlive what they are about; a relevant document that is gone still counts as not found.
+        # Judgements of queries that are gone are dropped; a relevant document that is gone still counts as not found.
         qrels = {query: grades for query, grades in qrels.items() if query in queries}
         return cls(folder.name, documents, queries, qrels, candidates)
 
-    @staticmethod
-    def splits(folder: str | os.PathLike) -> list[str]:
-        """Names of the splits that have judgements."""
-        return sorted(path.stem for path in (Path(folder) / "qrels").glob("*.tsv"))
+
+@dataclass(frozen=True)
+class Source:
+    """One split of a collection on disk, written `FOLDER:SPLIT`.
+
+    Args:
+        folder: Folder in the BEIR layout.
+        split: Name of the split.
+
+    Example:
+        ```python
+        >>> Source.parse("data/scifact:test")
+        Source(folder=PosixPath('data/scifact'), split='test')
+        ```
+    """
+
+    folder: Path
+    split: str
+
+    @classmethod
+    def parse(cls, text: str, default_split: str = "test") -> Source:
+        """Parse `FOLDER:SPLIT`, or `FOLDER`, which means the default split; `~` is the home folder."""
+        folder, _, split = text.partition(":")
+        return cls(Path(folder).expanduser(), split or default_split)
+
+    def __str__(self) -> str:
+        return f"{self.folder}:{self.split}"
+
+    @property
+    def name(self) -> str:
+        """Name of the folder, for tables and plots."""
+        return self.folder.resolve().name
+
+    def load(self) -> Collection:
+        """Read the split; see `Collection.load`."""
+        return Collection.load(self.folder, self.split)
+
+    def check(self) -> None:
+        """Check that the files of the split exist, without reading them.
+
+        Raises:
+            FileNotFoundError: if one is missing.
+        """
+        for name in (f"qrels/{self.split}.tsv", "queries.jsonl", "corpus.jsonl"):
+            _existing(self.folder / name)
+
+    def files(self) -> list[Path]:
+        """Existing files that the split is read from, sorted."""
+        names = ("corpus.jsonl*", "queries.jsonl*", f"qrels/{self.split}.tsv*", f"candidates/{self.split}.tsv*")
+        return sorted(path for name in names for path in self.folder.glob(name))
 
 
-def check_judgements(folder: str | os.PathLike, split: str) -> None:
-    """Whether a split has all files that a measurement needs, without a look into them.
+def read_documents(source: str, is_jsonl: bool | None = None) -> list[str | dict[str, Any]]:
+    """Read the documents of a file or of standard input, one a line; blank lines are skipped.
+
+    Args:
+        source: Path of a file in UTF-8, which may be gzipped; `-` is standard input.
+        is_jsonl: Whether a line is JSON, a string or an object with a `text` and perhaps a `title`, or else a plain
+            text. By default it is JSON if the name ends in `.jsonl` or `.ndjson`, or the first line starts with `{`.
 
     Raises:
-        FileNotFoundError: if one is missing.
+        ValueError: if there are no documents, or a line cannot be read; the message names file and line.
+        OSError: if the file cannot be read.
     """
-    for name in (f"qrels/{split}.tsv", "queries.jsonl", "corpus.jsonl"):
-        _open(Path(folder) / name).close()
+    name = "standard input" if source == "-" else source
+    if source == "-" and sys.stdin is None:
+        raise ValueError("There is no standard input: name a file.")
+    lines = list(read_lines(sys.stdin.buffer if source == "-" else source, name))
+    if not lines:
+        raise ValueError(f"{name} is empty: give one document a line.")
+    if is_jsonl is None:
+        is_jsonl = source.endswith(_JSONL) or lines[0][1].lstrip().startswith(b"{")
+    if is_jsonl:
+        return [_checked_document(parse_json(line, place), place) for place, line in lines]
+    return [decode_line(line, place) for place, line in lines]
 
 
-def _open(path: Path) -> TextIO:
-    zipped = path.with_name(path.name + ".gz")
-    if path.exists():
-        return path.open(encoding="utf-8")
-    if zipped.exists():
-        return gzip.open(zipped, "rt", encoding="utf-8")
-    raise FileNotFoundError(f"{path} is missing: a collection has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv.")
+def _checked_document(document: Any, place: str) -> str | dict[str, Any]:
+    if not isinstance(document.get("text") if isinstance(document, dict) else document, str):
+        raise ValueError(f"{place}: a document is a string or an object with a 'text'.")
+    if isinstance(document, dict) and not isinstance(document.get("title"), str | None):
+        raise ValueError(f"{place}: the title is not a string.")
+    return document
 
 
-def _jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    with _open(path) as lines:
-        for number, line in _numbered(path, lines):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: {error}.") from None
-            missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-            if missing:
-                raise ValueError(f"{path}, line {number}: no {missing[0]!r}.")
-            for key in ("text", "title"):
-                if not isinstance(row.get(key) or "", str) or (key == "text" and row[key] is None):
-                    raise ValueError(f"{path}, line {number}: the {key} is {row[key]!r}, not a string.")
-            yield row
+def _plain_or_gzipped(path: Path) -> Path | None:
+    return next((existing for existing in (path, path.with_name(f"{path.name}.gz")) if existing.exists()), None)
 
 
-def _numbered(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    number = 0
-    try:
-        for number, line in enumerate(lines, start=1):
-            yield number, line
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, after line {number}: {error}; save it as UTF-8.") from None
+def _existing(path: Path) -> Path:
+    existing = _plain_or_gzipped(path)
+    if existing is None:
+        raise FileNotFoundError(f"{path} is missing: a collection has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv.")
+    return existing
 
 
-def _tsv(path: Path) -> Iterator[list[str]]:
-    with _open(path) as lines:
-        for number, line in _numbered(path, lines):
-            row = line.rstrip("\n").split("\t")
-            if number == 1 and row[0] in ("query-id", "query_id", "qid"):
-                continue
-            if len(row) < 2:
-                raise ValueError(f"{path}, line {number}: expected columns separated by tabs, found {line.strip()!r}.")
-            yield row
+def _read_texts(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a corpus or of queries: `_id`, `text` and perhaps a `title`."""
+    for place, row in read_jsonl(_existing(path)):
+        missing = [key for key in ("_id", "text") if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise ValueError(f"{place}: no {missing[0]!r}.")
+        for key in ("text", "title"):
+            if not isinstance(row.get(key) or "", str) or (key == "text" and row[key] is None):
+                raise ValueError(f"{place}: the {key} is {row[key]!r}, not a string.")
+        yield row
+
+
+def _read_tsv(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Rows of a file of tab-separated columns, with their place, without the header."""
+    for number, (place, line) in enumerate(read_lines(_existing(path))):
+        row = decode_line(line, place).split("\t")
+        if number == 0 and row[0] in _HEADERS:
+            continue
+        if len(row) < 2:
+            raise ValueError(f"{place}: expected columns separated by tabs, found {row[0]!r}.")
+        yield place, row

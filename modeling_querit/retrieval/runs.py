@@ -1,4 +1,4 @@
-"""Rankings as files in TREC's run format, and several joined into one."""
+"""TREC run files, and reciprocal rank fusion."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..files import replacing
+from ..files import atomic_write
 
 # Query id -> (document id, score), best first.
 Run = dict[str, list[tuple[str, float]]]
-_FILES = (".trec", ".run")
+_SUFFIXES = (".trec", ".run")
 
 
 def is_run(name: str) -> bool:
-    """Whether a name is that of a file in TREC's run format, `.trec` or `.run`."""
-    return name.endswith(_FILES)
+    """Whether a file name is that of a TREC run: `.trec` or `.run`."""
+    return name.endswith(_SUFFIXES)
 
 
-def read_run(path: str | os.PathLike) -> Run:
-    """A file with lines `query Q0 document rank score tag`; documents by score, in the order of lines if that is equal.
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """Read a TREC run, lines of `query Q0 document rank score tag`.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        The documents of each query by score, best first; equal scores keep the order of the lines.
 
     Raises:
-        ValueError: if a line is none of these, or a query has a document twice; the message names file and line.
+        ValueError: if a line has another form, or a query has a document twice; the message names file and line.
     """
     run: dict[str, dict[str, float]] = defaultdict(dict)
     for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
@@ -37,37 +43,48 @@ def read_run(path: str | os.PathLike) -> Run:
         except ValueError:
             raise ValueError(f"{path}, line {number}: not 'query Q0 document rank score tag'.") from None
         if not math.isfinite(value):
-            raise ValueError(f"{path}, line {number}: the score is {score}.")
+            raise ValueError(f"{path}, line {number}: the score is {score}, not a finite number.")
         if document in run[query]:
             raise ValueError(f"{path}, line {number}: query {query} has document {document} twice.")
         run[query][document] = value
     return {query: sorted(hits.items(), key=lambda hit: -hit[1]) for query, hits in run.items()}
 
 
-def write_run(run: Mapping[str, Sequence[tuple[str, float]]], path: str | os.PathLike, tag: str = "querit") -> None:
-    """Write rankings in the same format."""
-    with replacing(path) as aside, aside.open("w", encoding="utf-8") as lines:
+def write_run(
+    run: Mapping[str, Sequence[tuple[str, float]]], path: str | os.PathLike[str], tag: str = "querit"
+) -> None:
+    """Write a TREC run, atomically.
+
+    Args:
+        run: Query id -> (document id, score), best first.
+        path: Path of the file.
+        tag: Name of the system, the last column.
+
+    Raises:
+        ValueError: if an id is empty or has white space, which the format cannot hold.
+    """
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for query, hits in run.items():
-            for name in (query, *(document for document, _ in hits)):
-                if name.split() != [name]:
+            for identifier in (query, *(document for document, _ in hits)):
+                if identifier.split() != [identifier]:
                     raise ValueError(
-                        f"{path}: id {name!r} is empty or has white space, which the format has no way to write."
+                        f"{path}: id {identifier!r} is empty or has white space, which TREC runs cannot hold."
                     )
             for rank, (document, score) in enumerate(hits, start=1):
-                lines.write(f"{query} Q0 {document} {rank} {float(score)!r} {tag}\n")
+                file.write(f"{query} Q0 {document} {rank} {float(score)!r} {tag}\n")
 
 
 def fuse(
     rankings: Sequence[Sequence[tuple[str, float]]], k: int | None = None, constant: int = 60
 ) -> list[tuple[str, float]]:
-    """One ranking from several, by reciprocal rank: a document's score is the sum of `1 / (constant + rank)`.
+    """Fuse rankings by reciprocal rank: the score of a document is the sum of `1 / (constant + rank)`.
 
     Source: Cormack, Clarke and Buettcher, SIGIR 2009.
 
     Args:
-        rankings: (document id, score), best first each; their scores do not count.
-        k: How many to return; all by default.
-        constant: How little the first ranks stand out.
+        rankings: Rankings of (document id, score), best first; only the order counts. A single one is kept as it is.
+        k: Number of documents to return; all by default.
+        constant: Constant of the formula: the larger, the less the first ranks stand out.
 
     Example:
         ```python
@@ -81,7 +98,7 @@ def fuse(
     for ranking in rankings:
         for rank, (document, _) in enumerate(ranking, start=1):
             shares[document].append(1 / (constant + rank))
-    # Not sum: that of three and more depends on their order.
-    fused = {document: math.fsum(each) for document, each in shares.items()}
-    # By id where scores are equal, so that the order of rankings does not matter.
+    # fsum, as the sum of three or more floats depends on their order.
+    fused = {document: math.fsum(reciprocals) for document, reciprocals in shares.items()}
+    # Equal scores are ordered by id, so that the order of the rankings does not matter.
     return sorted(fused.items(), key=lambda hit: (-hit[1], hit[0]))[:k]

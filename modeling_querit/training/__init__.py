@@ -1,7 +1,7 @@
-"""Losses, ranking data and trainers; `querit train` is `run.py`."""
+"""Training: losses, rows and trainers for Python, and `querit train` (`train.py`)."""
 
 from .arguments import QueritTrainingArguments
-from .dataset import RankingDataset
+from .data import RankingDataset
 from .distillation import QueritDistillationTrainer
 from .trainer import QueritTrainer
 

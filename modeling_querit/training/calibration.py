@@ -1,33 +1,42 @@
-"""Teachers' scores as labels: each teacher's scale is brought to [0, 1], and several are averaged."""
+"""Calibration of teachers: scores on any scale become labels in [0, 1], and several teachers are averaged.
+
+To add a calibration: give it an entry in `METHODS`, with a function that fits it to a teacher's scores and one that
+applies it. The settings of `querit train` and `Teachers` follow.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ..files import write_json
 
-METHODS = ("quantile", "sigmoid", "rank", "none")
-# Of "quantile": the shares of scores that are clipped at either end; single outliers must not set the scale.
-_CLIPPED = 0.01
-# Of "rank": points of the distribution that are kept.
-_POINTS = 101
+# Share of scores that "quantile" clips at either end: single outliers must not set the scale.
+_CLIPPED_SHARE = 0.01
+# Points of the distribution function that "rank" stores.
+_RANK_POINTS = 101
+_DEFAULT_METHOD = "quantile"
+
+Points = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How the scores of one teacher become labels in [0, 1]: piecewise linear between points, or a sigmoid.
+    """How the scores of one teacher become labels in [0, 1].
 
     Args:
-        method: `quantile`: linear from the 1st to the 99th percentile, clipped. `sigmoid`: for logits. `rank`: the
-            share of scores below, so that labels are spread evenly. `none`: scores are in [0, 1] as they are.
-        scores, labels: The points of `quantile` and `rank`, scores ascending.
+        method: Key of `METHODS`. `quantile`: linear from the 1st to the 99th percentile, clipped. `sigmoid`: logistic
+            function, for logits. `rank`: share of the scores below, so that labels are spread evenly. `none`: scores
+            are in [0, 1] already.
+        scores: Scores between which `quantile` and `rank` interpolate, ascending.
+        labels: Labels at these scores.
 
     Example:
         ```python
@@ -41,47 +50,86 @@ class Calibration:
     labels: tuple[float, ...] = ()
 
     @classmethod
-    def fit(cls, scores: Sequence[float], method: str = "quantile") -> Calibration:
-        """The calibration of a teacher that gave these scores.
+    def fit(cls, scores: Sequence[float], method: str = _DEFAULT_METHOD) -> Calibration:
+        """Calibrate a teacher by the scores that it gave.
+
+        Args:
+            scores: Scores of the teacher; NaN and infinite ones are left out.
+            method: Key of `METHODS`.
 
         Raises:
             ValueError: if there is no finite score, the method is unknown, or `none` is asked for scores beyond [0, 1].
         """
         if method not in METHODS:
             raise ValueError(f"calibration is {method!r}: choose from {', '.join(METHODS)}.")
-        known = np.asarray(scores, dtype=np.float64)
-        known = known[np.isfinite(known)]
-        if not len(known):
-            raise ValueError("There are no finite scores to calibrate by.")
-        if method == "none" and not 0 <= known.min() <= known.max() <= 1:
-            raise ValueError(
-                f"calibration is 'none', but scores go from {known.min():.4g} to {known.max():.4g}: labels are in "
-                "[0, 1]; choose quantile, sigmoid or rank."
-            )
-        shares = {"quantile": np.array([_CLIPPED, 1 - _CLIPPED]), "rank": np.linspace(0, 1, _POINTS)}.get(method)
-        if shares is None:
-            return cls(method)
-        points = np.quantile(known, shares)
-        if method == "quantile":
-            if points[0] == points[-1]:
-                # A score that few documents have may be all that tells them apart.
-                points = np.array([known.min(), known.max()])
-            return cls(method, tuple(points.tolist()), (0.0, 1.0))
-        # Scores that many share stand for the middle of their ranks.
-        levels = np.unique(points)
-        middles = [float(shares[points == level].mean()) for level in levels]
-        return cls(method, tuple(levels.tolist()), tuple(middles))
-
-    def apply(self, scores: Sequence[float]) -> np.ndarray:
-        """Labels in [0, 1], float64; NaN where the score is NaN. Where all scores were one, 0.5."""
         values = np.asarray(scores, dtype=np.float64)
-        if self.method == "none":
-            return values
-        if self.method == "sigmoid":
-            return 0.5 * (1 + np.tanh(values / 2))
-        if self.scores[0] == self.scores[-1]:
-            return np.where(np.isnan(values), np.nan, 0.5)
-        return np.interp(values, self.scores, self.labels)
+        values = values[np.isfinite(values)]
+        if not len(values):
+            raise ValueError("There are no finite scores to calibrate by.")
+        return cls(method, *METHODS[method].fit(values))
+
+    def apply(self, scores: Sequence[float] | np.ndarray) -> np.ndarray:
+        """Labels of scores.
+
+        Args:
+            scores: Scores of the same teacher, (documents,); NaN where unknown.
+
+        Returns:
+            (documents,), float64, in [0, 1]; NaN where the score is NaN, 0.5 if all fitted scores were equal.
+        """
+        return METHODS[self.method].apply(np.asarray(scores, dtype=np.float64), self)
+
+
+class Method(NamedTuple):
+    """An entry of `METHODS`.
+
+    Args:
+        fit: Function from finite scores, (documents,), to the scores and labels to interpolate between, if any.
+        apply: Function from scores, (documents,), and the fitted calibration to labels.
+    """
+
+    fit: Callable[[np.ndarray], Points]
+    apply: Callable[[np.ndarray, Calibration], np.ndarray]
+
+
+def _fit_quantile(scores: np.ndarray) -> Points:
+    low, high = np.quantile(scores, [_CLIPPED_SHARE, 1 - _CLIPPED_SHARE])
+    if low == high:
+        # Only scores outside of these percentiles tell documents apart.
+        low, high = scores.min(), scores.max()
+    return (float(low), float(high)), (0.0, 1.0)
+
+
+def _fit_rank(scores: np.ndarray) -> Points:
+    shares = np.linspace(0, 1, _RANK_POINTS)
+    points = np.quantile(scores, shares)
+    # A score that many documents share gets the mean of their ranks.
+    levels = np.unique(points)
+    labels = [float(shares[points == level].mean()) for level in levels]
+    return tuple(levels.tolist()), tuple(labels)
+
+
+def _fit_none(scores: np.ndarray) -> Points:
+    if not 0 <= scores.min() <= scores.max() <= 1:
+        raise ValueError(
+            f"calibration is 'none', but scores go from {scores.min():.4g} to {scores.max():.4g}, and labels are in "
+            "[0, 1]: choose quantile, sigmoid or rank."
+        )
+    return (), ()
+
+
+def _interpolate(scores: np.ndarray, calibration: Calibration) -> np.ndarray:
+    if calibration.scores[0] == calibration.scores[-1]:
+        return np.where(np.isnan(scores), np.nan, 0.5)
+    return np.interp(scores, calibration.scores, calibration.labels)
+
+
+METHODS = {
+    "quantile": Method(_fit_quantile, _interpolate),
+    "sigmoid": Method(lambda scores: ((), ()), lambda scores, _: 0.5 * (1 + np.tanh(scores / 2))),
+    "rank": Method(_fit_rank, _interpolate),
+    "none": Method(_fit_none, lambda scores, _: scores),
+}
 
 
 @dataclass(frozen=True)
@@ -89,8 +137,8 @@ class Teachers:
     """Calibrations and weights of the teachers of a run.
 
     Args:
-        calibrations: By name.
-        weights: By name; a label is the weighted mean of those of the teachers that scored the document.
+        calibrations: Calibrations by name of the teacher.
+        weights: Weights by name; a label is the weighted mean over the teachers that scored the document.
 
     Example:
         ```python
@@ -106,23 +154,24 @@ class Teachers:
     @classmethod
     def fit(
         cls,
-        scores: Iterable[Mapping[str, Sequence[float]]],
+        scores: Iterable[Mapping[str, Sequence[float | None]]],
         weights: Mapping[str, float] | None = None,
-        methods: Mapping[str, str] | str = "quantile",
+        methods: Mapping[str, str] | str = _DEFAULT_METHOD,
     ) -> Teachers:
-        """Calibrate by the `scores` of training rows.
+        """Calibrate teachers by the `scores` of training rows.
 
         Args:
-            scores: Of each row, each teacher's scores.
-            weights: Of the teachers to use; all of them, alike, by default.
-            methods: One for all, or by teacher; `quantile` where it is not said.
+            scores: Scores of each row, by name of the teacher.
+            weights: Weights of the teachers to use; by default all of them, with equal weights.
+            methods: One key of `METHODS` for all teachers, or keys by name; `quantile` for a teacher without one.
 
         Raises:
-            ValueError: if a teacher in `weights` scored nothing, or a weight is not above 0.
+            ValueError: if a teacher in `weights` scored nothing, a weight is not above 0, or `methods` names a teacher
+                that is not used.
         """
         by_teacher: dict[str, list[float]] = {}
-        for row in scores:
-            for name, values in row.items():
+        for row_scores in scores:
+            for name, values in row_scores.items():
                 by_teacher.setdefault(name, []).extend(value for value in values if value is not None)
         weights = dict.fromkeys(by_teacher, 1.0) if weights is None else dict(weights)
         for name, weight in weights.items():
@@ -131,35 +180,46 @@ class Teachers:
                 raise ValueError(f"No row has scores of teacher {name!r}; there are: {known}.")
             if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
                 raise ValueError(f"The weight of teacher {name!r} is {weight}: it has to be above 0.")
-        if not isinstance(methods, str) and (unknown := sorted(methods.keys() - weights.keys())):
-            raise ValueError(f"calibration names {unknown[0]!r}, which is none of the teachers: {', '.join(weights)}.")
-        of = (lambda name: methods) if isinstance(methods, str) else (lambda name: methods.get(name, "quantile"))
-        return cls({name: Calibration.fit(by_teacher[name], of(name)) for name in weights}, weights)
+        by_name = dict.fromkeys(weights, methods) if isinstance(methods, str) else methods
+        if unknown := sorted(by_name.keys() - weights.keys()):
+            raise ValueError(f"calibration names {unknown[0]!r}, but the teachers are {', '.join(weights)}.")
+        calibrations = {name: Calibration.fit(by_teacher[name], by_name.get(name, _DEFAULT_METHOD)) for name in weights}
+        return cls(calibrations, weights)
 
-    def labels(self, scores: Mapping[str, Sequence[float | None]]) -> list[float]:
-        """A label in [0, 1] for each document of a row; NaN for one that no teacher scored."""
+    def labels(self, scores: Mapping[str, Sequence[float | None] | None]) -> list[float]:
+        """Soft labels of the documents of a row.
+
+        Args:
+            scores: Scores of the documents by name of the teacher; None where it was not asked.
+
+        Returns:
+            One label in [0, 1] a document; NaN for a document that no teacher scored.
+        """
         count = max(len(values) for values in scores.values() if values is not None)
-        total, weight = np.zeros(count), np.zeros(count)
+        weighted_labels, weights = np.zeros(count), np.zeros(count)  # (documents,)
         for name, calibration in self.calibrations.items():
-            if scores.get(name) is not None:
-                # None, in an array of floats, is NaN.
-                labels = calibration.apply(np.array(scores[name], dtype=np.float64))
-                total += self.weights[name] * np.nan_to_num(labels)
-                weight += self.weights[name] * ~np.isnan(labels)
-        return np.divide(total, weight, out=np.full(count, np.nan), where=weight > 0).tolist()
+            teacher_scores = scores.get(name)
+            if teacher_scores is not None:
+                # numpy makes NaN of None.
+                labels = calibration.apply(np.array(teacher_scores, dtype=np.float64))
+                weighted_labels += self.weights[name] * np.nan_to_num(labels)
+                weights += self.weights[name] * ~np.isnan(labels)
+        return np.divide(weighted_labels, weights, out=np.full(count, np.nan), where=weights > 0).tolist()
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write them as JSON."""
-        found = {name: {"weight": self.weights[name], **asdict(each)} for name, each in self.calibrations.items()}
-        write_json(found, path)
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write calibrations and weights as JSON."""
+        entries = {
+            name: {"weight": self.weights[name], **asdict(calibration)}
+            for name, calibration in self.calibrations.items()
+        }
+        write_json(entries, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Teachers:
+    def load(cls, path: str | os.PathLike[str]) -> Teachers:
         """Read what `save` wrote."""
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        weights = {name: each.pop("weight") for name, each in found.items()}
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
         calibrations = {
-            name: Calibration(each["method"], tuple(each["scores"]), tuple(each["labels"]))
-            for name, each in found.items()
+            name: Calibration(entry["method"], tuple(entry["scores"]), tuple(entry["labels"]))
+            for name, entry in entries.items()
         }
-        return cls(calibrations, weights)
+        return cls(calibrations, {name: entry["weight"] for name, entry in entries.items()})

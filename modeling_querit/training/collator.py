@@ -1,4 +1,4 @@
-"""Batches of whole queries, as the model takes them."""
+"""Collation of rows: whole queries become one batch of pairs, padded or packed."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from typing import Any
 
 import torch
 
-from ..engine_querit import inputs_of
 from ..packing_querit import plan_packs
-from ..processing_querit import QueritProcessor
-from .rows import Row
+from ..processing_querit import DEFAULT_INSTRUCTION, QueritProcessor
+from .data import Row
 
 
 class RankingCollator:
-    """Flattens rows into one batch of pairs: every document of a query stays in its batch.
+    """Turns rows into one batch of all their pairs; the documents of a query are never split over batches.
 
     Args:
-        processor: Of the model that is trained.
-        max_length: Tokens a pair may have; the processor's own by default.
-        packing: Whether the pairs lie end to end in one row.
-        share_prefix: Of packs: whether what the pairs of a query begin with lies there once.
+        processor: Processor of the model that is trained.
+        max_length: Tokens of a pair at most, `[CLS]` included; the processor's own limit by default.
+        packing: Whether the pairs are packed into one row instead of padded.
+        share_prefix: Whether a pack holds the shared prefix of a query's pairs once.
 
-    Returns (when called): what the model takes, and `labels`, (pairs,), float32, and `query_ids`, (pairs,): the row a
-    pair came from. The model takes `input_ids` and `attention_mask`, (pairs, sequence), padded on the left; or packed,
-    `input_ids` and `position_ids`, (1, tokens), and the `pack` that describes them.
+    Calling it returns what the model takes, and `labels`, (pairs,), float32, and `query_ids`, (pairs,), the index of
+    the row that a pair belongs to. Padded, the model takes `input_ids` and `attention_mask`, (pairs, sequence), padded
+    on the left; packed, `input_ids` and `position_ids`, (1, tokens), and the `pack` that describes them.
 
     Example:
         ```python
@@ -47,35 +46,44 @@ class RankingCollator:
         self.share_prefix = share_prefix
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """One batch of all pairs of the rows."""
-        labels = [label for row in rows for label in self._checked_labels(row)]
-        query_ids = [index for index, row in enumerate(rows) for _ in row["documents"]]
+        """One batch of all pairs of the rows, which `check_row` has passed."""
+        pairs = [
+            (index, document, label)
+            for index, row in enumerate(rows)
+            for document, label in zip(row["documents"], self.labels_of(row), strict=True)
+        ]
+        query_ids = [index for index, _, _ in pairs]
         queries = [rows[index]["query"] for index in query_ids]
-        documents = [document for row in rows for document in row["documents"]]
-        instructions = [rows[index].get("instruction") for index in query_ids]
-        encoded = self.processor.encode(queries, documents, instructions, self.max_length)
-        input_ids = [each.input_ids for each in encoded]
-        return self._laid_out(input_ids, query_ids) | {
-            "labels": torch.tensor(labels, dtype=torch.float32),
+        instructions = [_instruction_of(rows[index]) for index in query_ids]
+        encoded = self.processor.encode(queries, [document for _, document, _ in pairs], instructions, self.max_length)
+        input_ids = [pair.input_ids for pair in encoded]
+        model_inputs = self._pack(input_ids, query_ids) if self.packing else dict(self.processor.pad(input_ids))
+        return model_inputs | {
+            "labels": torch.tensor([label for _, _, label in pairs], dtype=torch.float32),
             "query_ids": torch.tensor(query_ids),
         }
 
-    def _checked_labels(self, row: Row) -> Sequence[float]:
-        labels = self.labels_of(row)
-        if len(labels) != len(row["documents"]):
-            raise ValueError(f"{len(row['documents'])} documents and {len(labels)} labels: query {row['query']!r}.")
+    def labels_of(self, row: Row) -> Sequence[float]:
+        """The labels of a row's documents, one each.
+
+        Raises:
+            ValueError: if the row has none.
+        """
+        labels = row.get("labels")
+        if labels is None:
+            raise ValueError(f"No labels for query {row['query']!r}: train on scores with QueritDistillationTrainer.")
         return labels
 
-    def labels_of(self, row: Row) -> Sequence[float]:
-        """The labels of a row's documents."""
-        return row["labels"]
-
-    def _laid_out(self, input_ids: list[list[int]], query_ids: list[int]) -> dict[str, Any]:
-        if not self.packing:
-            return dict(self.processor.pad(input_ids))
-        groups = [[] for _ in range(query_ids[-1] + 1)]
+    def _pack(self, input_ids: list[list[int]], query_ids: list[int]) -> dict[str, Any]:
+        """All pairs in a single pack, however many tokens they are."""
+        groups: list[list[int]] = [[] for _ in range(query_ids[-1] + 1)]
         for pair, query_id in enumerate(query_ids):
             groups[query_id].append(pair)
-        tokens = sum(map(len, input_ids))
-        (pack,) = plan_packs(input_ids, groups, tokens, self.share_prefix)
-        return inputs_of(pack) | {"pack": pack}
+        token_count = sum(map(len, input_ids))
+        (pack,) = plan_packs(input_ids, groups, token_count, self.share_prefix)
+        return pack.to_tensors() | {"pack": pack}
+
+
+def _instruction_of(row: Row) -> str:
+    instruction = row.get("instruction")
+    return DEFAULT_INSTRUCTION if instruction is None else instruction

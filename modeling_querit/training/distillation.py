@@ -1,33 +1,34 @@
-"""`QueritDistillationTrainer`: soft labels from teachers' scores."""
+"""Distillation: training on soft labels, the calibrated scores of teachers."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer_utils import TrainOutput
 
 from .arguments import QueritTrainingArguments
 from .calibration import Teachers
 from .collator import RankingCollator
-from .rows import Row
+from .data import Row
 from .trainer import QueritTrainer
 
-# Rows of a stream by which teachers are calibrated.
-_ROWS_TO_CALIBRATE_BY = 10_000
 TEACHERS_FILE = "teachers.json"
+# Rows of a stream that teachers are calibrated by.
+_CALIBRATION_ROWS = 10_000
 
 
 class DistillationCollator(RankingCollator):
-    """A `RankingCollator` whose labels are the calibrated mean of a row's teacher `scores`.
+    """A `RankingCollator` whose labels are the calibrated, weighted mean of a row's teacher `scores`.
 
-    Rows without `scores`, such as judged ones for validation, keep their `labels`.
+    Rows without `scores`, such as validation rows with relevance judgements, keep their `labels`.
 
     Args:
-        teachers: Their calibrations.
-        *args, **kwargs: Those of `RankingCollator`.
+        teachers: Calibrations and weights of the teachers.
+        *args, **kwargs: Arguments of `RankingCollator`.
     """
 
     def __init__(self, teachers: Teachers, *args: Any, **kwargs: Any):
@@ -35,23 +36,28 @@ class DistillationCollator(RankingCollator):
         self.teachers = teachers
 
     def labels_of(self, row: Row) -> Sequence[float]:
-        """The labels of a row's documents."""
-        return self.teachers.labels(row["scores"]) if row.get("scores") else row["labels"]
+        """The soft labels of a row's documents; NaN for one that no teacher scored."""
+        scores = row.get("scores")
+        return self.teachers.labels(scores) if scores else super().labels_of(row)
 
 
 class QueritDistillationTrainer(QueritTrainer):
-    """Trains a reranker on teachers' scores: rows of (query, documents, scores by teacher); stage 2 of the paper.
+    """Trains a reranker on teachers' scores, rows of (query, documents, scores); stage 2 of arXiv 2606.19037.
 
-    Each teacher's scores are calibrated to [0, 1] by all training rows (of a stream, by its first 10,000), unless
-    calibrations are given, and averaged by weight. They are written to `output_dir/teachers.json`.
+    Each teacher's scores are calibrated to [0, 1] and averaged by weight. Unless calibrations are given, they are
+    fitted to all training rows, or to the first 10,000 of a stream. They are written to `output_dir/teachers.json`.
 
     Args:
-        model: The student.
-        args: `QueritTrainingArguments`.
-        train_dataset: Rows with `scores`, `{teacher: [a number a document]}`.
-        teachers: Calibrations and weights; by default fitted here.
-        teacher_weights, calibration: For `Teachers.fit`.
-        **kwargs: Those of `QueritTrainer`.
+        model: Student.
+        args: Training arguments.
+        train_dataset: Rows with `scores`, `{teacher: [one number per document]}`.
+        teachers: Calibrations and weights; by default fitted to `train_dataset`.
+        teacher_weights: Weights by name of the teacher, as `Teachers.fit` takes them.
+        calibration: Calibration methods, as `Teachers.fit` takes them.
+        **kwargs: Arguments of `QueritTrainer`.
+
+    Raises:
+        ValueError: if a row has no scores, or teachers cannot be calibrated.
 
     Example:
         ```python
@@ -65,28 +71,32 @@ class QueritDistillationTrainer(QueritTrainer):
         model: torch.nn.Module,
         args: QueritTrainingArguments,
         *,
-        train_dataset: Any,
+        train_dataset: Iterable[Row],
         teachers: Teachers | None = None,
-        teacher_weights: dict[str, float] | None = None,
-        calibration: dict[str, str] | str = "quantile",
+        teacher_weights: Mapping[str, float] | None = None,
+        calibration: Mapping[str, str] | str = "quantile",
         **kwargs: Any,
     ):
-        self.teachers = teachers or Teachers.fit(_scores_of(train_dataset), teacher_weights, calibration)
+        self.teachers = teachers or Teachers.fit(_teacher_scores(train_dataset), teacher_weights, calibration)
         if kwargs.get("data_collator") is None:
             base = self.make_collator(model, args)
-            kwargs["data_collator"] = DistillationCollator(self.teachers, base.processor, base.max_length, base.packing)
+            kwargs["data_collator"] = DistillationCollator(
+                self.teachers, base.processor, base.max_length, base.packing, base.share_prefix
+            )
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`, beside the teachers' calibrations."""
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer` does, after writing the calibrations of the teachers."""
         if self.is_world_process_zero():
             self.teachers.save(Path(self.args.output_dir) / TEACHERS_FILE)
         return super().train(*args, **kwargs)
 
 
-def _scores_of(rows: Iterable[Row]) -> Iterator[dict[str, list[float]]]:
-    limit = None if hasattr(rows, "__len__") else _ROWS_TO_CALIBRATE_BY
+def _teacher_scores(rows: Iterable[Row]) -> Iterator[dict[str, Sequence[float | None]]]:
+    """The scores of each row, without teachers that were not asked."""
+    limit = None if hasattr(rows, "__len__") else _CALIBRATION_ROWS
     for number, row in enumerate(itertools.islice(rows, limit)):
-        if not row.get("scores"):
+        scores = row.get("scores")
+        if not scores:
             raise ValueError(f"Row {number} has no teacher scores: distillation needs 'scores', {{teacher: [...]}}.")
-        yield {name: values for name, values in row["scores"].items() if values is not None}
+        yield {name: values for name, values in scores.items() if values is not None}

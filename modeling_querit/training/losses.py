@@ -1,9 +1,12 @@
-"""Losses over the documents of each query, by name.
+"""Ranking losses over the documents of each query, and `LOSSES`, the registry of their names.
 
 All are pure functions of (scores, labels, query_ids), each (batch,), with torch's `reduction`. They compute in float32,
-leave out documents whose label is NaN, and queries that say nothing about order: those with one document or with equal
-labels. What they add up, pairs, queries or documents, depends on the labels alone. So the sum over a batch, over its
-parts, or over the parts of many processes is the same number; the trainer divides it by the number of items in all.
+leave out documents whose label is NaN, and queries with nothing to compare: a single document, or equal labels. The
+items that a loss sums over, pairs, queries or documents, depend on the labels alone. So the sum over a batch equals the
+sum over its parts or over processes; the trainer divides it by the number of items in all.
+
+To add a loss: write such a function here and give it an entry in `LOSSES`. The settings, help texts, trainers and the
+tests of all losses (`tests/training/test_losses.py`, which asks for a slow formula to compare with) follow.
 """
 
 from __future__ import annotations
@@ -24,15 +27,15 @@ def margin_mse(
 ) -> Tensor:
     """Mean of `((s_i - s_j) - margin_scale * (y_i - y_j))^2` over pairs i, j of one query with `y_i > y_j`.
 
-    Unlike the hinge it also draws together documents whose scores are further apart than their labels: the student
-    takes over the teacher's distances. Source: Hofstätter et al., arXiv 2010.02666, equation 7.
+    Unlike the hinge, it also penalizes scores that are further apart than their labels: the student learns the
+    teacher's margins. Source: Hofstätter et al., arXiv 2010.02666, equation 7.
 
     Args:
-        scores: (batch,), the scores p1 - p0 or logit differences z1 - z0.
-        labels: (batch,), a teacher's scores.
-        query_ids: (batch,), integers.
+        scores: Scores p1 - p0 or logit differences z1 - z0, (batch,).
+        labels: A teacher's scores, (batch,), any real scale.
+        query_ids: Query of each document, (batch,), integers.
         margin_scale: Score difference per unit of label difference; 2 lets p1 follow labels in [0, 1].
-        reduction: `mean`; `sum`; or `none`, one value a pair.
+        reduction: `mean`, `sum`, or `none` for one value per pair.
 
     Example:
         ```python
@@ -42,20 +45,20 @@ def margin_mse(
     """
     scores, labels, query_ids = aligned(scores, labels, query_ids)
     higher, lower = ordered_pairs(labels, query_ids)
-    wanted = margin_scale * (labels[higher] - labels[lower])
-    return reduce((scores[higher] - scores[lower] - wanted).square(), reduction)
+    margins = margin_scale * (labels[higher] - labels[lower])  # (pairs,)
+    return reduce((scores[higher] - scores[lower] - margins).square(), reduction)
 
 
 def ranknet(scores: Tensor, labels: Tensor, query_ids: Tensor, reduction: str = "mean") -> Tensor:
     """Mean of `log(1 + exp(-(s_i - s_j)))` over pairs i, j of one query with `y_i > y_j`.
 
-    The order of the labels counts, their distances do not. Source: Burges et al., ICML 2005, equation 3.
+    Only the order of the labels counts, not their distances. Source: Burges et al., ICML 2005, equation 3.
 
     Args:
-        scores: (batch,), logit differences z1 - z0; for bounded scores the loss cannot fall below 0.127.
-        labels: (batch,), any real scale.
-        query_ids: (batch,), integers.
-        reduction: `mean`; `sum`; or `none`, one value a pair.
+        scores: Logit differences z1 - z0, (batch,); on bounded scores the loss cannot fall below 0.127.
+        labels: Relevance, (batch,), any real scale.
+        query_ids: Query of each document, (batch,), integers.
+        reduction: `mean`, `sum`, or `none` for one value per pair.
 
     Example:
         ```python
@@ -74,13 +77,12 @@ def listwise_kl(
     """KL divergence of softmax(scores) from softmax(labels / temperature) of each query; mean over queries.
 
     Args:
-        scores: (batch,), logit differences z1 - z0; bounded scores cannot put more than a factor of e^2 between two
-            documents.
-        labels: (batch,), 0 and 1, or a teacher's scores in [0, 1].
-        query_ids: (batch,), integers.
-        temperature: Label difference that makes one document e times as probable as another. With 0.1, labels 1 and 0
-            are all but certain, and soft labels keep their distances.
-        reduction: `mean`; `sum`; or `none`, one value a query.
+        scores: Logit differences z1 - z0, (batch,); bounded scores differ by a factor of e^2 in probability at most.
+        labels: 0 and 1, or a teacher's scores in [0, 1], (batch,).
+        query_ids: Query of each document, (batch,), integers.
+        temperature: Label difference that makes one document e times as probable as another. At 0.1 a label of 1
+            beside 0 is all but certain, and soft labels still differ.
+        reduction: `mean`, `sum`, or `none` for one value per query.
 
     Example:
         ```python
@@ -91,24 +93,23 @@ def listwise_kl(
     scores, labels, query_ids = aligned(scores, labels, query_ids)
     losses = []
     for query_id in _informative(labels, query_ids):
-        mine = (query_ids == query_id) & ~labels.isnan()
-        target = (labels[mine] / temperature).log_softmax(-1)
-        losses.append((target.exp() * (target - scores[mine].log_softmax(-1))).sum())
-    # Without a query, a sum that has a gradient all the same: zero.
+        in_query = (query_ids == query_id) & ~labels.isnan()  # (batch,)
+        target = (labels[in_query] / temperature).log_softmax(-1)  # (documents,)
+        losses.append((target.exp() * (target - scores[in_query].log_softmax(-1))).sum())
+    # Without any query, an empty slice keeps the sum of zero differentiable.
     return reduce(torch.stack(losses) if losses else scores[:0], reduction)
 
 
 def pointwise_bce(scores: Tensor, labels: Tensor, query_ids: Tensor, reduction: str = "mean") -> Tensor:
     """Binary cross-entropy of sigmoid(scores) = p1 with labels in [0, 1]; mean over documents.
 
-    The other losses see differences alone; this one also sets where 0 lies, so that a score means the same for
-    every query.
+    The other losses see only differences; this one also fixes the zero, so that a score means the same for every query.
 
     Args:
-        scores: (batch,), logit differences z1 - z0; bounded scores leave p1 between 0.27 and 0.73.
-        labels: (batch,), in [0, 1].
-        query_ids: (batch,), integers: documents of queries whose labels are all equal are left out.
-        reduction: `mean`; `sum`; or `none`, one value a document.
+        scores: Logit differences z1 - z0, (batch,); bounded scores leave p1 between 0.27 and 0.73.
+        labels: Probabilities of relevance, (batch,), in [0, 1].
+        query_ids: Query of each document, (batch,), integers; queries whose labels are all equal are left out.
+        reduction: `mean`, `sum`, or `none` for one value per document.
 
     Example:
         ```python
@@ -117,29 +118,32 @@ def pointwise_bce(scores: Tensor, labels: Tensor, query_ids: Tensor, reduction: 
         ```
     """
     scores, labels, query_ids = aligned(scores, labels, query_ids)
-    counts = torch.isin(query_ids, _informative(labels, query_ids)) & ~labels.isnan()
-    return reduce(binary_cross_entropy_with_logits(scores[counts], labels[counts], reduction="none"), reduction)
+    is_counted = torch.isin(query_ids, _informative(labels, query_ids)) & ~labels.isnan()  # (batch,)
+    losses = binary_cross_entropy_with_logits(scores[is_counted], labels[is_counted], reduction="none")
+    return reduce(losses, reduction)
 
 
 def _informative(labels: Tensor, query_ids: Tensor) -> Tensor:
-    """Ids of the queries that have two different labels."""
+    """Ids of the queries with two different labels, (queries,)."""
     higher, _ = ordered_pairs(labels, query_ids)
     return query_ids[higher].unique()
 
 
 class Loss(NamedTuple):
-    """A loss by name, and what it acts on unless it is told otherwise.
+    """An entry of `LOSSES`, or a loss that was selected from it.
 
     Args:
-        function: (scores, labels, query_ids, reduction=...) -> losses.
-        output: `score`, the bounded p1 - p0; or `logit`, z1 - z0, which still has a gradient where the score is
-            saturated.
-        settings: Names of the training arguments that the function takes too.
+        function: Pure function `(scores, labels, query_ids, reduction=...) -> losses`.
+        output: Model output that the loss is computed on by default: `score`, the bounded p1 - p0, or `logit`,
+            z1 - z0, which has a gradient where the score is saturated too.
+        settings: Names of the training arguments that the function takes as keywords.
+        needs_unit_labels: Whether labels have to be in [0, 1].
     """
 
     function: Callable[..., Tensor]
     output: str
     settings: tuple[str, ...] = ()
+    needs_unit_labels: bool = False
 
 
 LOSSES = {
@@ -147,39 +151,53 @@ LOSSES = {
     "margin_mse": Loss(margin_mse, "score", ("margin_scale",)),
     "listwise_kl": Loss(listwise_kl, "logit", ("temperature",)),
     "ranknet": Loss(ranknet, "logit"),
-    "pointwise_bce": Loss(pointwise_bce, "logit"),
+    "pointwise_bce": Loss(pointwise_bce, "logit", needs_unit_labels=True),
 }
 OUTPUTS = ("score", "logit")
 
 
-def choose_losses(names: Sequence[str], **settings: float | None) -> dict[str, Loss]:
-    """The losses of these names, each `NAME` or `NAME:score` or `NAME:logit`, with their settings filled in.
+def select_losses(names: Sequence[str], **settings: float | None) -> dict[str, Loss]:
+    """The losses of a run, with their settings filled in.
 
     Args:
-        names: Keys of `LOSSES`, with or without what the loss shall act on.
-        settings: Values for the losses that take them; None leaves the default of the loss.
+        names: Keys of `LOSSES`, each alone or with `:score` or `:logit` for the output that it is computed on.
+        settings: Values of training arguments; each loss takes its own, and None leaves the loss's default.
+
+    Returns:
+        Losses by the name that was given.
 
     Raises:
-        ValueError: for a name that is not there.
+        ValueError: if there is no name, one is unknown, or one comes twice.
+
+    Example:
+        ```python
+        >>> list(select_losses(["listwise_kl", "pairwise_hinge:logit"], temperature=0.5))
+        ['listwise_kl', 'pairwise_hinge:logit']
+        ```
     """
     if not names:
         raise ValueError(f"There is no loss: choose from {', '.join(LOSSES)}.")
     if len(set(names)) < len(names):
-        raise ValueError(f"losses are {', '.join(names)}: name each once, and weigh it by loss_weights.")
-    chosen = {}
+        raise ValueError(f"losses are {', '.join(names)}: name each once, and weight it by loss_weights.")
+    selected = {}
     for name in names:
         key, _, output = name.partition(":")
         if key not in LOSSES or (output and output not in OUTPUTS):
             raise ValueError(
-                f"{name!r} is no loss: choose from {', '.join(LOSSES)}, with ':score' or ':logit' if it shall act on "
-                "the bounded score or on the logit difference."
+                f"{name!r} is not a loss: choose from {', '.join(LOSSES)}, with ':score' or ':logit' after it for "
+                "the output that it is computed on."
             )
         loss = LOSSES[key]
-        given = {each: settings[each] for each in loss.settings if settings.get(each) is not None}
-        chosen[name] = Loss(partial(loss.function, **given), output or loss.output)
-    return chosen
+        keywords = {setting: settings[setting] for setting in loss.settings if settings.get(setting) is not None}
+        selected[name] = loss._replace(function=partial(loss.function, **keywords), output=output or loss.output)
+    return selected
+
+
+def needs_unit_labels(name: str) -> bool:
+    """Whether a loss, by its name in the settings, needs labels in [0, 1]."""
+    return LOSSES[name.partition(":")[0]].needs_unit_labels
 
 
 def count_items(loss: Loss, labels: Tensor, query_ids: Tensor) -> int:
-    """How many items a loss has in a batch: labels alone decide, so it is known before the forward pass."""
+    """Number of items that a loss sums over in a batch; labels alone decide it, so no forward pass is needed."""
     return len(loss.function(torch.zeros_like(labels), labels, query_ids, reduction="none"))

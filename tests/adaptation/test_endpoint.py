@@ -17,7 +17,7 @@ OK = '{"answer": 42}'
 
 @pytest.fixture(scope="module")
 def running():
-    # To stop one takes half a second.
+    # Stopping a server takes half a second.
     with HTTPServer(threaded=True) as server:
         yield server
 
@@ -29,21 +29,21 @@ def server(running):
 
 
 class Served:
-    """A route that gives these answers in turn, the last one from then on; it keeps what was asked, and when."""
+    """A route that gives answers in turn, and then the last one again; it logs payloads, times and headers."""
 
     def __init__(self, server, *answers):
         self.url, self.answers = server.url_for("/route"), answers
-        self.asked, self.times, self.headers = [], [], []
+        self.payloads, self.times, self.headers = [], [], []
         self._lock = threading.Lock()
         server.expect_request("/route", method="POST").respond_with_handler(self._answer)
 
     def _answer(self, request):
         with self._lock:
-            place = min(len(self.asked), len(self.answers) - 1)
-            self.asked.append(request.get_json())
+            index = min(len(self.payloads), len(self.answers) - 1)
+            self.payloads.append(request.get_json())
             self.times.append(time.monotonic())
             self.headers.append(request.headers)
-        answer = self.answers[place]
+        answer = self.answers[index]
         # A Response is callable too.
         if not isinstance(answer, str | bytes | Response):
             answer = answer(request)
@@ -62,31 +62,31 @@ def answer_of(answer):
     return answer["answer"] + 0
 
 
-def test_asks_and_parses(server, monkeypatch):
+def test_answers_are_parsed(server, monkeypatch):
     monkeypatch.setenv("A_KEY", "secret")
     served = Served(server, OK)
     endpoint = make_endpoint(served.url, api_key_variable="A_KEY")
-    assert endpoint.ask({"q": "日本"}, answer_of) == 42
-    assert served.asked == [{"q": "日本"}]
+    assert endpoint.post({"q": "日本"}, answer_of) == 42
+    assert served.payloads == [{"q": "日本"}]
     assert served.headers[0]["Authorization"] == "Bearer secret"
-    assert endpoint.repeated == {}
+    assert endpoint.retries == {}
 
 
-def test_without_a_key_none_is_sent(server, monkeypatch):
+def test_no_key_is_sent_without_a_variable(server, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     served = Served(server, OK)
-    make_endpoint(served.url).ask({}, answer_of)
+    make_endpoint(served.url).post({}, answer_of)
     assert "Authorization" not in served.headers[0]
 
 
-def test_server_down():
+def test_a_server_that_is_down_is_unavailable():
     with socket.socket() as listening:
         listening.bind(("localhost", 0))
         port = listening.getsockname()[1]
     endpoint = make_endpoint(f"http://localhost:{port}/route", attempts=3)
     with pytest.raises(Unavailable, match=f"localhost:{port}/route could not be reached"):
-        endpoint.ask({}, answer_of)
-    assert endpoint.repeated == {"unavailable": 2}
+        endpoint.post({}, answer_of)
+    assert endpoint.retries == {"unavailable": 2}
 
 
 def slowly(request):
@@ -94,17 +94,17 @@ def slowly(request):
     return OK
 
 
-def test_slow_server(server):
+def test_a_slow_answer_is_retried(server):
     served = Served(server, slowly, OK)
     endpoint = make_endpoint(served.url, timeout=0.2)
-    assert endpoint.ask({}, answer_of) == 42
-    assert endpoint.repeated == {"unavailable": 1}
+    assert endpoint.post({}, answer_of) == 42
+    assert endpoint.retries == {"unavailable": 1}
     server.clear()
     with pytest.raises(Unavailable, match="did not answer in time"):
-        make_endpoint(Served(server, slowly).url, timeout=0.2, attempts=1).ask({}, answer_of)
+        make_endpoint(Served(server, slowly).url, timeout=0.2, attempts=1).post({}, answer_of)
 
 
-def test_the_whole_answer_has_to_be_there_in_time(server):
+def test_the_timeout_holds_for_the_whole_answer(server):
     def drip(request):
         def pieces():
             for character in OK:
@@ -115,64 +115,64 @@ def test_the_whole_answer_has_to_be_there_in_time(server):
 
     served = Served(server, drip)
     with pytest.raises(Unavailable, match="in time"):
-        make_endpoint(served.url, timeout=0.4, attempts=1).ask({}, answer_of)
+        make_endpoint(served.url, timeout=0.4, attempts=1).post({}, answer_of)
 
 
 @pytest.mark.parametrize("code", [408, 409, 425, 429, 500, 502, 503, 504])
-def test_what_may_pass_is_asked_again(server, code):
+def test_transient_errors_are_retried(server, code):
     served = Served(server, status(code), status(code), OK)
     endpoint = make_endpoint(served.url)
-    assert endpoint.ask({"q": 1}, answer_of) == 42
-    assert served.asked == [{"q": 1}] * 3
-    assert endpoint.repeated == {"unavailable": 2}
+    assert endpoint.post({"q": 1}, answer_of) == 42
+    assert served.payloads == [{"q": 1}] * 3
+    assert endpoint.retries == {"unavailable": 2}
 
 
-def test_attempts_end(server):
+def test_attempts_are_limited(server):
     served = Served(server, status(500))
     with pytest.raises(Unavailable, match="answered 500: sorry"):
-        make_endpoint(served.url, attempts=4).ask({}, answer_of)
-    assert len(served.asked) == 4
+        make_endpoint(served.url, attempts=4).post({}, answer_of)
+    assert len(served.payloads) == 4
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 422])
-def test_what_will_not_pass_is_asked_once(server, code):
+def test_permanent_errors_are_not_retried(server, code):
     served = Served(server, status(code))
     endpoint = make_endpoint(served.url)
     with pytest.raises(ValueError, match=f"answered {code}: sorry"):
-        endpoint.ask({}, answer_of)
-    assert len(served.asked) == 1
-    assert endpoint.repeated == {}
+        endpoint.post({}, answer_of)
+    assert len(served.payloads) == 1
+    assert endpoint.retries == {}
 
 
-def test_a_server_that_refuses_all_is_told_from_one_that_refuses_some(server):
-    """A question may be too long for it; if all are refused, something else is wrong."""
+def test_a_server_that_refuses_everything_ends_the_run(server):
+    """One query may be too long; if all are refused, something else is wrong."""
     served = Served(server, status(400))
     new, known = make_endpoint(served.url), make_endpoint(served.url)
-    known.known_to_answer()
+    known.mark_as_working()
     kinds = []
     for endpoint in (new, known):
         for _ in range(12):
             with pytest.raises(ValueError, match="answered 400") as caught:
-                endpoint.ask({}, answer_of)
+                endpoint.post({}, answer_of)
             kinds.append(type(caught.value))
     assert kinds == [Refused] * 8 + [ValueError] * 4 + [Refused] * 12
 
 
-def test_retry_after_is_waited_for(server):
+def test_retry_after_is_respected(server):
     served = Served(server, status(429, **{"Retry-After": "0.4"}), OK)
-    make_endpoint(served.url).ask({}, answer_of)
+    make_endpoint(served.url).post({}, answer_of)
     assert 0.4 <= served.times[1] - served.times[0] < 2
 
 
-def test_retry_after_comes_before_the_doubling(server):
+def test_retry_after_takes_precedence_over_back_off(server):
     served = Served(server, status(429, **{"Retry-After": "0"}), OK)
     with pytest.raises(Unavailable) as caught:
-        make_endpoint(served.url, attempts=1).ask({}, answer_of)
+        make_endpoint(served.url, attempts=1).post({}, answer_of)
     assert caught.value.wait == 0
     for _ in range(5):
-        served.asked.clear()
+        served.payloads.clear()
         served.times.clear()
-        make_endpoint(served.url, backoff=1.0).ask({}, answer_of)
+        make_endpoint(served.url, backoff=1.0).post({}, answer_of)
         assert served.times[1] - served.times[0] < 0.1
 
 
@@ -191,19 +191,19 @@ def test_retry_after_comes_before_the_doubling(server):
         ("Wed, 21 Oct 2037 07:28:00 GMT", None),
     ],
 )
-def test_retry_after_in_any_form(server, value, seconds):
+def test_retry_after_is_read_in_seconds(server, value, seconds):
     served = Served(server, status(503, **{"Retry-After": value}))
     with pytest.raises(Unavailable) as caught:
-        make_endpoint(served.url, attempts=1).ask({}, answer_of)
+        make_endpoint(served.url, attempts=1).post({}, answer_of)
     assert caught.value.wait == seconds
 
 
-def test_the_connection_breaks_off(server):
-    # Fewer bytes than were announced.
+def test_a_broken_connection_is_retried(server):
+    # Fewer bytes than announced.
     served = Served(server, Response(OK[:5], headers={"Content-Length": "500"}), OK)
     endpoint = make_endpoint(served.url)
-    assert endpoint.ask({}, answer_of) == 42
-    assert len(served.asked) == 2
+    assert endpoint.post({}, answer_of) == 42
+    assert len(served.payloads) == 2
 
 
 @pytest.mark.parametrize(
@@ -224,18 +224,18 @@ def test_the_connection_breaks_off(server):
     ],
     ids=lambda answer: repr(answer[:16]),
 )
-def test_malformed_answers(server, answer):
+def test_malformed_answers_are_retried(server, answer):
     endpoint = make_endpoint(Served(server, answer, OK).url)
-    assert endpoint.ask({}, answer_of) == 42
-    assert endpoint.repeated == {"malformed": 1}
+    assert endpoint.post({}, answer_of) == 42
+    assert endpoint.retries == {"malformed": 1}
     server.clear()
     served = Served(server, answer)
     with pytest.raises(Malformed, match=served.url):
-        make_endpoint(served.url, attempts=2).ask({}, answer_of)
-    assert len(served.asked) == 2
+        make_endpoint(served.url, attempts=2).post({}, answer_of)
+    assert len(served.payloads) == 2
 
 
-def test_many_at_once_and_no_more(server):
+def test_requests_run_concurrently_up_to_the_limit(server):
     lock, all_here, under_way, most = threading.Lock(), threading.Barrier(4, timeout=3), [], []
 
     def together(request):
@@ -251,57 +251,57 @@ def test_many_at_once_and_no_more(server):
 
     served = Served(server, together)
     endpoint = make_endpoint(served.url, concurrency=4, attempts=1)
-    found = list(endpoint.map(lambda item: endpoint.ask({"item": item}, answer_of), range(12)))
-    assert found == [42] * 12
+    answers = list(endpoint.map(lambda item: endpoint.post({"item": item}, answer_of), range(12)))
+    assert answers == [42] * 12
     assert max(most) == 4
 
 
-def test_results_are_in_the_order_of_items(server):
+def test_results_are_in_the_order_of_the_items(server):
     def later_is_faster(request):
         item = request.get_json()["item"]
         time.sleep(0.02 * (8 - item))
         return f'{{"answer": {item * 10}}}'
 
     endpoint = make_endpoint(Served(server, later_is_faster).url, concurrency=8)
-    found = endpoint.map(lambda item: endpoint.ask({"item": item}, answer_of), range(8))
-    assert list(found) == [0, 10, 20, 30, 40, 50, 60, 70]
+    answers = endpoint.map(lambda item: endpoint.post({"item": item}, answer_of), range(8))
+    assert list(answers) == [0, 10, 20, 30, 40, 50, 60, 70]
     assert list(endpoint.map(answer_of, [])) == []
 
 
-def test_no_faster_than_allowed(server, monkeypatch):
-    """With minutes of half a second."""
+def test_the_rate_limit_holds(server, monkeypatch):
+    """A minute takes half a second here."""
     monkeypatch.setattr(module, "Rate", lambda count, _: Rate(count, 500))
     served = Served(server, OK)
     endpoint = make_endpoint(served.url, requests_per_minute=3, concurrency=9)
-    assert list(endpoint.map(lambda _: endpoint.ask({}, answer_of), range(9))) == [42] * 9
+    assert list(endpoint.map(lambda _: endpoint.post({}, answer_of), range(9))) == [42] * 9
     times = sorted(served.times)
-    # Any four in a row take a minute, less what the way to the server takes.
+    # Four in a row take a minute, less the time on the way to the server.
     assert all(after - before > 0.4 for before, after in zip(times, times[3:], strict=False))
     assert times[-1] - times[0] < 3
 
 
-def test_attempts_count_as_requests(server, monkeypatch):
+def test_retries_count_towards_the_rate_limit(server, monkeypatch):
     monkeypatch.setattr(module, "Rate", lambda count, _: Rate(count, 300))
     served = Served(server, status(500), status(500), OK)
-    make_endpoint(served.url, requests_per_minute=1).ask({}, answer_of)
+    make_endpoint(served.url, requests_per_minute=1).post({}, answer_of)
     assert all(after - before > 0.2 for before, after in pairwise(served.times))
 
 
-def test_a_failing_item_ends_the_run(server):
+def test_a_failing_item_ends_the_map(server):
     served = Served(server, status(401))
     endpoint = make_endpoint(served.url, concurrency=2)
 
     def ask(item):
-        # Later ones are under way when the first is refused, and not yet sent.
+        # The first is refused while the others wait to be sent.
         time.sleep(0.05 * (item > 0))
-        return endpoint.ask({"item": item}, answer_of)
+        return endpoint.post({"item": item}, answer_of)
 
     with pytest.raises(ValueError, match="answered 401"):
         list(endpoint.map(ask, range(50)))
-    assert len(served.asked) <= 4
+    assert len(served.payloads) <= 4
 
 
-def test_a_failing_item_ends_the_run_while_the_first_is_under_way(server):
+def test_a_failing_item_ends_the_map_while_another_is_under_way(server):
     def refuse_but_the_first(request):
         if request.get_json()["item"] == 0:
             time.sleep(0.6)
@@ -311,71 +311,71 @@ def test_a_failing_item_ends_the_run_while_the_first_is_under_way(server):
     served = Served(server, refuse_but_the_first)
     endpoint = make_endpoint(served.url, concurrency=2)
     with pytest.raises(ValueError, match="answered 401"):
-        list(endpoint.map(lambda item: endpoint.ask({"item": item}, answer_of), range(50)))
-    assert len(served.asked) <= 4
+        list(endpoint.map(lambda item: endpoint.post({"item": item}, answer_of), range(50)))
+    assert len(served.payloads) <= 4
 
 
-def test_one_request_that_never_succeeds_is_set_aside(server):
+def test_a_single_request_that_never_succeeds_is_refused(server):
     def fail_for_one(request):
         return status(500) if request.get_json()["item"] == 3 else OK
 
     endpoint = make_endpoint(Served(server, fail_for_one).url, attempts=2)
-    assert endpoint.ask({"item": 0}, answer_of) == 42
+    assert endpoint.post({"item": 0}, answer_of) == 42
     with pytest.raises(Refused, match="answered 500"):
-        endpoint.ask({"item": 3}, answer_of)
-    assert endpoint.ask({"item": 4}, answer_of) == 42
+        endpoint.post({"item": 3}, answer_of)
+    assert endpoint.post({"item": 4}, answer_of) == 42
 
 
 def test_a_server_that_goes_away_ends_the_run(server):
     endpoint = make_endpoint(Served(server, OK, status(500)).url, attempts=1)
-    endpoint.ask({}, answer_of)
+    endpoint.post({}, answer_of)
     for _ in range(7):
         with pytest.raises(Refused, match="answered 500"):
-            endpoint.ask({}, answer_of)
+            endpoint.post({}, answer_of)
     with pytest.raises(Unavailable, match="answered 500"):
-        endpoint.ask({}, answer_of)
+        endpoint.post({}, answer_of)
 
 
-def test_a_server_that_never_answers_well_ends_the_run(server):
+def test_a_server_with_only_malformed_answers_ends_the_run(server):
     endpoint = make_endpoint(Served(server, "[]").url, attempts=1)
     for _ in range(7):
         with pytest.raises(Malformed):
-            endpoint.ask({}, answer_of)
-    with pytest.raises(ValueError, match="No answer was better"):
-        endpoint.ask({}, answer_of)
+            endpoint.post({}, answer_of)
+    with pytest.raises(ValueError, match="So was every answer before it"):
+        endpoint.post({}, answer_of)
 
 
-def test_nobody_waits_for_repetitions_after_the_end(server):
+def test_waiting_retries_stop_when_another_item_fails(server):
     def refuse_one(request):
         return status(401) if request.get_json()["item"] == 1 else status(500)
 
     endpoint = make_endpoint(Served(server, refuse_one).url, backoff=60.0, concurrency=2)
     start = time.monotonic()
     with pytest.raises(ValueError, match="answered 401"):
-        endpoint.map(lambda item: endpoint.ask({"item": item}, answer_of), range(2))
+        endpoint.map(lambda item: endpoint.post({"item": item}, answer_of), range(2))
     assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("key", ["ab\nc", "schlüssel"])
-def test_keys_that_are_none(monkeypatch, key):
+def test_invalid_keys_are_refused(monkeypatch, key):
     monkeypatch.setenv("SOME_KEY", key)
-    with pytest.raises(ValueError, match="'SOME_KEY', which holds no key") as caught:
+    with pytest.raises(ValueError, match="'SOME_KEY', which holds no API key") as caught:
         Endpoint("http://localhost", api_key_variable="SOME_KEY")
     assert key not in str(caught.value)
 
 
-def test_a_line_feed_after_a_key_is_not_sent(server, monkeypatch):
+def test_white_space_around_a_key_is_removed(server, monkeypatch):
     monkeypatch.setenv("SOME_KEY", "abc\n")
     served = Served(server, OK)
-    make_endpoint(served.url, api_key_variable="SOME_KEY").ask({}, answer_of)
+    make_endpoint(served.url, api_key_variable="SOME_KEY").post({}, answer_of)
     assert served.headers[0]["Authorization"] == "Bearer abc"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"url": "localhost:8000/v1"}, "begins with http"),
-        ({"url": "ftp://localhost"}, "begins with http"),
+        ({"url": "localhost:8000/v1"}, "has to begin with http"),
+        ({"url": "ftp://localhost"}, "has to begin with http"),
         ({"url": 80}, "(?s)url.*valid string"),
         ({"concurrency": 0}, "(?s)concurrency.*greater than 0"),
         ({"concurrency": "many"}, "(?s)concurrency.*valid integer"),
@@ -386,6 +386,6 @@ def test_a_line_feed_after_a_key_is_not_sent(server, monkeypatch):
         ({"timeout": float("inf")}, "(?s)timeout.*finite"),
     ],
 )
-def test_options_that_mean_nothing(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Endpoint(**{"url": "http://localhost"} | options)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_querit.adaptation.filters import Limits, Query, copied_share, judged
+from modeling_querit.adaptation.filters import Query, QueryLimits, copied_share, filter_queries
 from modeling_querit.retrieval.bm25 import BM25, tokenize
 
 DOCUMENTS = {
@@ -19,10 +19,10 @@ def query(text, document="fox", language="en", generator="writer", number=0):
 
 
 def reasons(*queries, first_stage=None, **limits):
-    queries = [Query(f"q{n}", *list(vars(each).values())[1:]) for n, each in enumerate(queries)]
-    found = list(judged(queries, DOCUMENTS, Limits(**limits), first_stage))
-    assert [each for each, _ in found] == queries
-    return [reason for _, reason in found]
+    queries = [Query(f"q{n}", *list(vars(query).values())[1:]) for n, query in enumerate(queries)]
+    results = list(filter_queries(queries, DOCUMENTS, QueryLimits(**limits), first_stage))
+    assert [query for query, _ in results] == queries
+    return [reason for _, reason in results]
 
 
 @pytest.mark.parametrize(
@@ -41,32 +41,32 @@ def reasons(*queries, first_stage=None, **limits):
         ("fox " * 250_000, {}, "long"),
         ("Wann schläft der Fuchs in seinem Bau unter der Erde?", {}, "language"),
         ("Wann schläft der Fuchs in seinem Bau unter der Erde?", {"same_language": False}, None),
-        # A few words are hard to tell.
+        # Detection errs on a few words.
         ("Wann schläft der Fuchs?", {}, None),
         ("the red fox sleeps in the winter", {}, "copied"),
         ("the red fox sleeps in the winter", {"max_copied": 1}, None),
         ("the red fox sleeps in the winter", {"may_copy": ("writer",)}, None),
         ("the red fox sleeps in the winter", {"may_copy": ("another",)}, "copied"),
         ("does the red fox sleep in winter", {}, None),
-        ("The red fox sleeps in the winter and hunts in small groups.", {"may_copy": ("writer",)}, "whole"),
+        ("The red fox sleeps in the winter and hunts in small groups.", {"may_copy": ("writer",)}, "whole document"),
         ("Red fox", {"may_copy": ("writer",)}, None),
     ],
 )
-def test_reasons(text, limits, reason):
+def test_queries_are_dropped_by_reason(text, limits, reason):
     assert reasons(query(text), **limits) == [reason]
 
 
-def test_four_of_five_words_may_be_copied():
+def test_a_copied_share_at_the_limit_is_allowed():
     assert reasons(query("red fox sleeps in summer"), query("red fox sleeps in the snow")) == [None, "copied"]
 
 
-def test_a_language_that_nobody_knows_is_no_reason():
+def test_an_unknown_language_is_not_a_reason():
     text = "When does the fox sleep in its den under the earth?"
     assert reasons(query(text, language="und")) == [None]
     assert reasons(query(text, language="fr")) == ["language"]
 
 
-def test_of_two_that_say_the_same_the_first_stays():
+def test_the_first_of_two_equal_queries_stays():
     assert reasons(
         query("When does it sleep?"),
         query("when  does it SLEEP", "hen"),
@@ -74,7 +74,7 @@ def test_of_two_that_say_the_same_the_first_stays():
     ) == [None, "duplicate", None]
 
 
-def test_what_was_dropped_has_no_duplicates():
+def test_a_dropped_query_has_no_duplicates():
     text = "Wann schläft der Fuchs in seinem Bau unter der Erde?"
     assert reasons(query(text), query(text, language="de")) == ["language", None]
 
@@ -82,74 +82,74 @@ def test_what_was_dropped_has_no_duplicates():
 # -- Round trip
 
 
-class Found:
-    """A first stage that finds the same documents for everything."""
+class FixedRanking:
+    """A first stage that ranks the same documents for every query."""
 
     def __init__(self, *documents):
-        self.documents, self.asked = documents, []
+        self.documents, self.searches = documents, []
 
     def search(self, queries, k):
-        self.asked.append((list(queries), k))
+        self.searches.append((list(queries), k))
         return [[(document, 0.0) for document in self.documents[:k]] for _ in queries]
 
 
-def test_the_source_has_to_be_found():
+def test_the_first_stage_has_to_find_the_source():
     queries = [query("when does the fox sleep"), query("when does it lay eggs"), query("who lays eggs", "hen")]
     assert reasons(*queries, first_stage=BM25(DOCUMENTS), round_trip=1) == [None, "round-trip", None]
 
 
-def test_the_depth_of_the_round_trip():
+def test_the_round_trip_has_a_depth():
     queries = [query("when does it sleep"), query("who lays eggs", "hen")]
-    assert reasons(*queries, first_stage=Found("fox", "hen"), round_trip=1) == [None, "round-trip"]
-    assert reasons(*queries, first_stage=Found("fox", "hen"), round_trip=2) == [None, None]
-    unused = Found()
+    assert reasons(*queries, first_stage=FixedRanking("fox", "hen"), round_trip=1) == [None, "round-trip"]
+    assert reasons(*queries, first_stage=FixedRanking("fox", "hen"), round_trip=2) == [None, None]
+    unused = FixedRanking()
     assert reasons(*queries, first_stage=unused, round_trip=0) == [None, None]
     assert reasons(*queries, first_stage=None, round_trip=1) == [None, None]
-    assert not unused.asked
+    assert not unused.searches
 
 
-def test_only_what_is_kept_so_far_is_looked_up():
-    stage = Found("fox")
-    found = reasons(query("fox"), query("when does it sleep"), query("when does it sleep"), first_stage=stage)
-    assert found == ["short", None, "duplicate"]
-    ((asked, k),) = stage.asked
-    assert (set(asked), k) == ({"when does it sleep"}, 20)
-    stage = Found("fox")
+def test_only_queries_within_the_limits_are_searched():
+    stage = FixedRanking("fox")
+    dropped = reasons(query("fox"), query("when does it sleep"), query("when does it sleep"), first_stage=stage)
+    assert dropped == ["short", None, "duplicate"]
+    ((searched, k),) = stage.searches
+    assert (set(searched), k) == ({"when does it sleep"}, 20)
+    stage = FixedRanking("fox")
     assert reasons(query("fox"), first_stage=stage) == ["short"]
-    assert not stage.asked
+    assert not stage.searches
 
 
-def test_a_query_that_is_lost_is_not_the_one_that_stays():
+def test_a_failed_round_trip_has_no_duplicates():
     queries = [query("who lives on a farm", "fox"), query("who lives on a farm", "hen")]
-    assert reasons(*queries, first_stage=Found("hen")) == ["round-trip", None]
+    assert reasons(*queries, first_stage=FixedRanking("hen")) == ["round-trip", None]
 
 
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 600])
 def test_many_queries_stay_in_order(count):
-    stage = Found("fox")
+    stage = FixedRanking("fox")
     queries = [query(f"when does number {n}", "fox" if n % 3 else "hen") for n in range(count)]
     assert reasons(*queries, first_stage=stage) == [None if n % 3 else "round-trip" for n in range(count)]
-    assert [text for asked, _ in stage.asked for text in asked] == [each.text for each in queries]
+    assert [text for texts, _ in stage.searches for text in texts] == [query.text for query in queries]
 
 
-def test_queries_are_judged_as_they_come():
+def test_queries_are_filtered_as_they_come():
     def endless():
         number = 0
         while True:
             yield query(f"when does number {number}", number=number)
             number += 1
 
-    assert next(judged(endless(), DOCUMENTS, Limits(), Found("fox")))[1] is None
+    assert next(filter_queries(endless(), DOCUMENTS, QueryLimits(), FixedRanking("fox")))[1] is None
 
 
-# -- Wild input
+# -- Any input
 
 
 @given(st.lists(st.tuples(st.text(st.characters()), st.sampled_from(sorted(DOCUMENTS))), max_size=6))
-def test_any_query_is_judged(queries):
+def test_any_query_is_filtered(queries):
     state = random.getstate()
-    found = reasons(*(query(*each) for each in queries), first_stage=BM25(DOCUMENTS), min_tokens=1)
-    assert set(found) <= {None, "short", "long", "language", "copied", "whole", "duplicate", "round-trip"}
+    dropped = reasons(*(query(*arguments) for arguments in queries), first_stage=BM25(DOCUMENTS), min_tokens=1)
+    assert set(dropped) <= {None, "short", "long", "language", "copied", "whole document", "duplicate", "round-trip"}
     assert random.getstate() == state
 
 
@@ -157,7 +157,7 @@ WORD = st.sampled_from("abc")
 
 
 @given(st.lists(WORD, max_size=8), st.lists(WORD, max_size=8), st.lists(WORD, max_size=8))
-def test_copied_share(tokens, title, text):
+def test_copied_share_is_that_of_the_longest_common_piece(tokens, title, text):
     words = [*title, *text]
     pieces = [
         tokens[start:end]
@@ -169,12 +169,12 @@ def test_copied_share(tokens, title, text):
     assert copied_share(tokens, {"title": " ".join(title), "text": " ".join(text)}) == expected
 
 
-def test_copied_share_does_not_mind_case_and_punctuation():
+def test_copied_share_ignores_case_and_punctuation():
     assert copied_share(tokenize("RED fox, eats"), DOCUMENTS["fox"]) == pytest.approx(2 / 3)
     assert copied_share(tokenize("東京都の人口"), DOCUMENTS["tokyo"]) == 1
 
 
-def test_copied_share_of_a_large_document():
+def test_copied_share_of_a_large_document_is_fast():
     assert copied_share(["fox"] * 48, {"title": "", "text": "fox " * 4000}) == 1
 
 
@@ -182,6 +182,6 @@ def test_copied_share_of_a_large_document():
     "limits",
     [{"min_tokens": 0}, {"min_tokens": 9, "max_tokens": 8}, {"max_copied": 0}, {"max_copied": 1.1}, {"min_tokens": -1}],
 )
-def test_limits_that_mean_nothing(limits):
+def test_invalid_limits_are_refused(limits):
     with pytest.raises(ValueError, match=r"min_tokens is|max_copied is"):
-        Limits(**limits)
+        QueryLimits(**limits)

@@ -26,35 +26,27 @@ from modeling_querit.adaptation.teachers import (
     CrossEncoderTeacher,
     EndpointTeacher,
     FirstStageTeacher,
+    document_text,
     pair_key,
-    text_of,
 )
 from modeling_querit.retrieval.bm25 import BM25
 
 QUERIES = [tiny.QUERY, "nobody asked"]
 DOCUMENTS = [
-    {"_id": str(n), "title": "", "text": each} if isinstance(each, str) else {"_id": str(n), **each}
-    for n, each in enumerate(tiny.DOCUMENTS)
+    {"_id": str(n), "title": "", "text": document} if isinstance(document, str) else {"_id": str(n), **document}
+    for n, document in enumerate(tiny.DOCUMENTS)
 ]
 PAIRS = [(query, document) for query in QUERIES for document in DOCUMENTS]
-# Special tokens on both sides of the document: nothing merges across them.
+# No token reaches across the special tokens on both sides of the document.
 PROMPT = "{instruction}\nQuery: {query}<|im_end|>{document}<|im_end|>Content:"
-
-
-@pytest.mark.parametrize(
-    ("document", "text"),
-    [({"title": "a", "text": "b"}, "a b"), ({"title": None, "text": "b"}, "b"), ({"text": ""}, "")],
-)
-def test_text_of(document, text):
-    assert text_of(document) == text
 
 
 # Cross-encoders
 
 
 @pytest.mark.parametrize("options", [{}, {"max_length": 40}, {"instruction": "Find the author."}])
-def test_ours_scores_as_the_model_does(saved_folder, model, options):
-    # The model keeps titles and texts apart.
+def test_a_querit_teacher_scores_as_the_model_does(saved_folder, model, options):
+    # The model takes titles and texts as fields.
     expected = model.predict([(query, dict(document)) for query, document in PAIRS], **options)
     teacher = CrossEncoderTeacher(str(saved_folder), **options)
     assert teacher.score(PAIRS) == pytest.approx(expected.tolist(), abs=1e-6)
@@ -63,7 +55,7 @@ def test_ours_scores_as_the_model_does(saved_folder, model, options):
 
 @pytest.fixture(scope="module")
 def other_reranker(tokenizer, tmp_path_factory):
-    """One that is not ours."""
+    """A reranker of another library."""
     folder = tmp_path_factory.mktemp("rerankers") / "llama"
     torch.manual_seed(0)
     config = tiny.make_text_config("llama", num_labels=1)
@@ -73,24 +65,24 @@ def other_reranker(tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("max_length", [None, 8])
-def test_others_score_as_sentence_transformers_do(other_reranker, max_length):
+def test_other_rerankers_score_as_in_sentence_transformers(other_reranker, max_length):
     library = pytest.importorskip("sentence_transformers")
     model = library.CrossEncoder(str(other_reranker), max_length=max_length)
-    expected = model.predict([(query, text_of(document)) for query, document in PAIRS])
+    expected = model.predict([(query, document_text(document)) for query, document in PAIRS])
     teacher = CrossEncoderTeacher(str(other_reranker), library="sentence-transformers", max_length=max_length)
     assert teacher.score(PAIRS) == pytest.approx(expected.tolist(), abs=1e-5)
     json.dumps(teacher.score(PAIRS[:1]))
 
 
-def test_ours_by_sentence_transformers(saved_folders, models):
+def test_a_querit_model_scores_the_same_in_sentence_transformers(saved_folders, models):
     pytest.importorskip("sentence_transformers")
     folder = saved_folders("qwen3")
-    expected = models("qwen3").predict([(query, text_of(document)) for query, document in PAIRS])
+    expected = models("qwen3").predict([(query, document_text(document)) for query, document in PAIRS])
     teacher = CrossEncoderTeacher(str(folder), library="sentence-transformers")
     assert teacher.score(PAIRS) == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_cross_encoders_that_mean_nothing():
+def test_invalid_options_of_a_cross_encoder_are_refused():
     with pytest.raises(ValueError, match="library is 'keras': choose querit or"):
         CrossEncoderTeacher("x", library="keras")
     with pytest.raises(ValueError, match="instruction is for"):
@@ -100,7 +92,7 @@ def test_cross_encoders_that_mean_nothing():
 
 
 @pytest.mark.parametrize("library", ["querit", "sentence-transformers"])
-def test_cross_encoders_compute_in_the_dtype_that_is_asked_for(saved_folders, library):
+def test_cross_encoders_compute_in_the_dtype_of_the_options(saved_folders, library):
     folder = str(saved_folders("qwen3"))
     exact, rounded = (CrossEncoderTeacher(folder, library=library, dtype=dtype) for dtype in ("auto", "bfloat16"))
     scores = rounded.score(PAIRS)
@@ -112,7 +104,7 @@ def test_cross_encoders_compute_in_the_dtype_that_is_asked_for(saved_folders, li
     "options",
     [{"max_length": 40}, {"instruction": "Find it."}, {"library": "sentence-transformers"}, {"dtype": "bfloat16"}],
 )
-def test_settings_of_a_cross_encoder_are_its_identity(saved_folders, options):
+def test_the_identity_of_a_cross_encoder_covers_its_options(saved_folders, options):
     folder = str(saved_folders("qwen3"))
     identity = CrossEncoderTeacher(folder).identity
     assert CrossEncoderTeacher(folder, **options).identity != identity
@@ -135,9 +127,9 @@ def causal_lms(tokenizer, tmp_path_factory):
     gpt2 = GPT2Config(
         vocab_size=512, n_positions=512, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3, eos_token_id=1
     )
-    made = {"qwen3": Qwen3ForCausalLM(tiny.make_text_config("qwen3")), "gpt2": GPT2LMHeadModel(gpt2)}
+    models = {"qwen3": Qwen3ForCausalLM(tiny.make_text_config("qwen3")), "gpt2": GPT2LMHeadModel(gpt2)}
     folder = tmp_path_factory.mktemp("causal")
-    return {name: save_causal_lm(folder / name, model, tokenizer) for name, model in made.items()}
+    return {name: save_causal_lm(folder / name, model, tokenizer) for name, model in models.items()}
 
 
 @pytest.fixture
@@ -146,25 +138,25 @@ def causal_lm(causal_lms):
 
 
 def make_teacher(folder, **options):
-    # Of one token each in the tiny tokenizer.
+    # One token each in the tiny tokenizer.
     return CausalLMTeacher(str(folder), **{"prompt": PROMPT, "yes": "y", "no": "n", "max_length": 512} | options)
 
 
 @torch.inference_mode()
 def logit_difference(folder, ids, yes="y", no="n"):
-    """Of one sequence alone, from all its logits."""
+    """Logit difference after one sequence, without padding or batch."""
     logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits[0, -1]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return float(logits[tokenizer.convert_tokens_to_ids(yes)] - logits[tokenizer.convert_tokens_to_ids(no)])
 
 
 def prompt_of(teacher, query, document):
-    text = teacher.prompt.replace("{document}", text_of(document))
+    text = teacher.prompt.replace("{document}", document_text(document))
     return text.replace("{instruction}", teacher.instruction).replace("{query}", query)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
-def test_a_batch_scores_as_each_pair_alone(causal_lms, name):
+def test_a_batch_scores_as_single_pairs_do(causal_lms, name):
     """Pairs of different lengths."""
     teacher = make_teacher(causal_lms[name])
     tokenizer = AutoTokenizer.from_pretrained(causal_lms[name])
@@ -174,20 +166,20 @@ def test_a_batch_scores_as_each_pair_alone(causal_lms, name):
 
 
 @pytest.mark.parametrize("prompt", [None, "Query: {query} Content: {document} ?"])
-def test_the_prompt_is_read_as_one_text(causal_lm, prompt):
-    """As a model was trained on it: without seams where the document begins and ends."""
+def test_the_prompt_is_encoded_as_one_text(causal_lm, prompt):
+    """No token boundary is forced where the document begins and ends."""
     teacher = make_teacher(causal_lm, prompt=prompt or CausalLMTeacher("x").prompt)
     tokenizer = AutoTokenizer.from_pretrained(causal_lm)
     alone = [logit_difference(causal_lm, tokenizer(prompt_of(teacher, *pair)).input_ids) for pair in PAIRS]
     assert teacher.score(PAIRS) == pytest.approx(alone, abs=1e-4)
 
 
-def test_a_long_document_is_cut_and_what_comes_after_it_stays(causal_lm):
+def test_a_long_document_is_truncated_and_the_rest_of_the_prompt_stays(causal_lm):
     teacher = make_teacher(causal_lm, max_length=100)
     tokenizer = AutoTokenizer.from_pretrained(causal_lm)
     document = {"_id": "long", "title": "", "text": tiny.LONG_DOCUMENT}
     before, after = prompt_of(teacher, tiny.QUERY, {"text": "\0"}).split("\0")
-    head, middle, tail = (tokenizer(each).input_ids for each in (before, tiny.LONG_DOCUMENT, after))
+    head, middle, tail = (tokenizer(text).input_ids for text in (before, tiny.LONG_DOCUMENT, after))
     ids = head + middle[: 100 - len(head) - len(tail)] + tail
     assert len(ids) == 100
     score = logit_difference(causal_lm, ids)
@@ -198,7 +190,7 @@ def test_a_long_document_is_cut_and_what_comes_after_it_stays(causal_lm):
     assert nothing == pytest.approx([logit_difference(causal_lm, head + tail)], abs=1e-4)
 
 
-def test_braces_in_queries_and_documents_stay(causal_lm):
+def test_braces_in_queries_and_documents_are_text(causal_lm):
     pair = ("what is {document}", {"title": "", "text": "{query} and {instruction}"})
     text = "I\nQuery: what is {document}<|im_end|>{query} and {instruction}<|im_end|>Content:"
     ids = AutoTokenizer.from_pretrained(causal_lm)(text).input_ids
@@ -206,7 +198,7 @@ def test_braces_in_queries_and_documents_stay(causal_lm):
     assert make_teacher(causal_lm, instruction="I").score([pair]) == pytest.approx([score], abs=1e-4)
 
 
-def test_a_tokenizer_that_begins_with_a_token(causal_lm, tmp_path):
+def test_the_bos_token_of_a_tokenizer_is_kept(causal_lm, tmp_path):
     """As Llama 3 and Gemma have it."""
     tokenizer = tiny.make_tokenizer(bos_token="[CLS]")
     backend = tokenizer.backend_tokenizer
@@ -222,14 +214,14 @@ def test_a_tokenizer_that_begins_with_a_token(causal_lm, tmp_path):
     assert teacher.score(PAIRS[:1]) == pytest.approx([logit_difference(folder, ids)], abs=1e-4)
 
 
-def test_a_tokenizer_without_padding(causal_lm, tmp_path):
+def test_a_tokenizer_without_padding_token_works(causal_lm, tmp_path):
     folder = shutil.copytree(causal_lm, tmp_path / "lm")
     tiny.make_tokenizer(pad_token=None).save_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).pad_token is None
     assert make_teacher(folder).score(PAIRS) == pytest.approx(make_teacher(causal_lm).score(PAIRS), abs=1e-4)
 
 
-def test_prompts_and_answers_that_mean_nothing(causal_lm):
+def test_invalid_prompts_and_answers_are_refused(causal_lm):
     for prompt, missing in (("{document}", "{query}"), ("{query}", "{document}")):
         with pytest.raises(ValueError, match=f"prompt has no {missing}"):
             CausalLMTeacher("x", prompt=prompt)
@@ -248,17 +240,17 @@ def test_prompts_and_answers_that_mean_nothing(causal_lm):
         {"max_length": 99},
     ],
 )
-def test_settings_of_a_causal_lm_are_its_identity(causal_lm, options):
+def test_the_identity_of_a_causal_lm_covers_its_options(causal_lm, options):
     identity = make_teacher(causal_lm).identity
     assert make_teacher(causal_lm, **options).identity != identity
     assert make_teacher(causal_lm, batch_size=3).identity == identity
     assert json.loads(json.dumps(identity))
 
 
-def test_the_weights_are_the_identity(causal_lm, tmp_path):
+def test_the_identity_of_a_causal_lm_covers_its_weights(causal_lm, tmp_path):
     folder = shutil.copytree(causal_lm, tmp_path / "lm")
     identity = make_teacher(causal_lm).identity
-    # Not where they are.
+    # Not their folder.
     assert make_teacher(folder).identity == identity
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
@@ -266,7 +258,7 @@ def test_the_weights_are_the_identity(causal_lm, tmp_path):
     assert make_teacher(folder).identity != identity
 
 
-def test_pairs_have_keys_of_their_own(causal_lm):
+def test_different_pairs_have_different_keys(causal_lm):
     teacher, document = make_teacher(causal_lm), {"_id": "1", "title": "a", "text": "b"}
     key = pair_key(teacher, ("q", document))
     assert pair_key(teacher, ("q", document | {"_id": "2", "language": "en"})) == key
@@ -286,20 +278,20 @@ class Stage:
     identity = ["bm25", "1"]
 
     def __init__(self):
-        self.index = BM25({each["_id"]: each for each in DOCUMENTS})
-        self.asked = []
+        self.index = BM25({document["_id"]: document for document in DOCUMENTS})
+        self.calls = []
 
     def scores(self, query, documents):
-        self.asked.append((query, documents))
+        self.calls.append((query, documents))
         return self.index.scores(query, documents)
 
 
-def test_a_first_stage_as_a_teacher():
+def test_a_first_stage_scores_as_a_teacher():
     stage = Stage()
     teacher = FirstStageTeacher(stage)
     pairs = [PAIRS[7], PAIRS[1], PAIRS[0], PAIRS[2]]
     assert teacher.score(pairs) == [stage.index.scores(query, [document["_id"]])[0] for query, document in pairs]
-    assert stage.asked == [(QUERIES[1], ["1"]), (QUERIES[0], ["1", "0", "2"])]
+    assert stage.calls == [(QUERIES[1], ["1"]), (QUERIES[0], ["1", "0", "2"])]
     assert teacher.identity == ["first-stage", ["bm25", "1"]]
     assert teacher.score([]) == []
 
@@ -315,15 +307,15 @@ def running():
 
 @pytest.fixture
 def served(running):
-    """What the server is to answer, and what it has been asked."""
+    """The answer of the server, which a test may replace, and the payloads that it has received."""
     running.clear()
-    served = {"asked": [], "answer": lambda asked: results_of(map(score_of, asked["documents"]))}
+    served = {"payloads": [], "answer": lambda payload: results_of(map(score_of, payload["documents"]))}
 
     def answer(request):
-        asked = request.get_json()
-        served["asked"].append(asked)
-        found = served["answer"](asked)
-        return found if isinstance(found, Response) else Response(found, content_type="application/json")
+        payload = request.get_json()
+        served["payloads"].append(payload)
+        body = served["answer"](payload)
+        return body if isinstance(body, Response) else Response(body, content_type="application/json")
 
     running.expect_request("/v1/rerank", method="POST").respond_with_handler(answer)
     served["url"] = running.url_for("/v1")
@@ -337,28 +329,29 @@ def score_of(text):
 def results_of(scores):
     """Best first, as servers answer."""
     results = [{"index": n, "relevance_score": score} for n, score in enumerate(scores)]
-    return json.dumps({"results": sorted(results, key=lambda each: -each["relevance_score"])})
+    return json.dumps({"results": sorted(results, key=lambda result: -result["relevance_score"])})
 
 
 def make_client(served, **options):
     return EndpointTeacher(served["url"], "m", **{"backoff": 0.001, "attempts": 2, "timeout": 5.0} | options)
 
 
-def test_a_server_answers_best_first(served):
-    found = make_client(served).score(PAIRS)
-    assert found == [score_of(text_of(document)) for _, document in PAIRS]
-    assert {each["query"]: len(each["documents"]) for each in served["asked"]} == dict.fromkeys(QUERIES, len(DOCUMENTS))
-    assert all(each["model"] == "m" and each["top_n"] == len(DOCUMENTS) for each in served["asked"])
+def test_results_are_put_in_the_order_of_the_documents(served):
+    scores = make_client(served).score(PAIRS)
+    assert scores == [score_of(document_text(document)) for _, document in PAIRS]
+    counts = {payload["query"]: len(payload["documents"]) for payload in served["payloads"]}
+    assert counts == dict.fromkeys(QUERIES, len(DOCUMENTS))
+    assert all(payload["model"] == "m" and payload["top_n"] == len(DOCUMENTS) for payload in served["payloads"])
 
 
-def test_whole_numbers_are_scores(served):
-    served["answer"] = lambda asked: results_of([3, 1, -2])
+def test_scores_may_be_integers(served):
+    served["answer"] = lambda payload: results_of([3, 1, -2])
     assert make_client(served).score(PAIRS[:3]) == [3.0, 1.0, -2.0]
 
 
-def test_documents_are_cut(served):
+def test_documents_are_truncated(served):
     make_client(served, max_chars=5).score(PAIRS[:2])
-    assert served["asked"][0]["documents"] == ["a nov", "The b"]
+    assert served["payloads"][0]["documents"] == ["a nov", "The b"]
 
 
 GOOD = {"index": 0, "relevance_score": 0.5}
@@ -389,12 +382,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("results", WRONG.values(), ids=WRONG)
-def test_answers_of_another_form_are_no_scores(served, results):
-    served["answer"] = lambda asked: json.dumps({"results": results})
+def test_malformed_answers_give_no_scores(served, results):
+    served["answer"] = lambda payload: json.dumps({"results": results})
     teacher = make_client(served)
     assert teacher.score(PAIRS[:2]) == [None, None]
-    assert len(served["asked"]) == 2
-    assert teacher.endpoint.repeated == {"malformed": 1}
+    assert len(served["payloads"]) == 2
+    assert teacher.endpoint.retries == {"malformed": 1}
 
 
 json_values = st.recursive(
@@ -408,42 +401,42 @@ json_values = st.recursive(
 
 
 @given(json_values | st.fixed_dictionaries({"results": st.lists(json_values, min_size=2, max_size=2)}))
-def test_whatever_is_answered_each_pair_has_a_number_or_none(served, answer):
-    served["answer"] = lambda asked: json.dumps(answer)
-    found = make_client(served, attempts=1).score(PAIRS[:2])
-    assert found == [None, None] or all(isinstance(each, float) and math.isfinite(each) for each in found)
-    assert len(found) == 2
+def test_any_answer_gives_each_pair_a_score_or_none(served, answer):
+    served["answer"] = lambda payload: json.dumps(answer)
+    scores = make_client(served, attempts=1).score(PAIRS[:2])
+    assert scores == [None, None] or all(isinstance(score, float) and math.isfinite(score) for score in scores)
+    assert len(scores) == 2
 
 
-def test_only_the_query_with_a_malformed_answer_has_no_scores(served):
+def test_a_malformed_answer_affects_only_its_query(served):
     good = served["answer"]
-    served["answer"] = lambda asked: '{"results": ' if asked["query"] == QUERIES[0] else good(asked)
-    found = make_client(served).score(PAIRS)
-    assert found[: len(DOCUMENTS)] == [None] * len(DOCUMENTS)
-    assert found[len(DOCUMENTS) :] == [score_of(text_of(document)) for document in DOCUMENTS]
+    served["answer"] = lambda payload: '{"results": ' if payload["query"] == QUERIES[0] else good(payload)
+    scores = make_client(served).score(PAIRS)
+    assert scores[: len(DOCUMENTS)] == [None] * len(DOCUMENTS)
+    assert scores[len(DOCUMENTS) :] == [score_of(document_text(document)) for document in DOCUMENTS]
 
 
-def test_only_the_query_that_is_refused_has_no_scores(served):
+def test_a_refused_request_affects_only_its_query(served):
     good = served["answer"]
-    served["answer"] = lambda asked: Response("too long", 400) if asked["query"] == QUERIES[1] else good(asked)
+    served["answer"] = lambda payload: Response("too long", 400) if payload["query"] == QUERIES[1] else good(payload)
     teacher = make_client(served, extra_body={"truncate_prompt_tokens": 9})
-    found = teacher.score(PAIRS)
-    assert found[: len(DOCUMENTS)] == [score_of(text_of(document)) for document in DOCUMENTS]
-    assert found[len(DOCUMENTS) :] == [None] * len(DOCUMENTS)
-    assert served["asked"][0]["truncate_prompt_tokens"] == 9
+    scores = teacher.score(PAIRS)
+    assert scores[: len(DOCUMENTS)] == [score_of(document_text(document)) for document in DOCUMENTS]
+    assert scores[len(DOCUMENTS) :] == [None] * len(DOCUMENTS)
+    assert served["payloads"][0]["truncate_prompt_tokens"] == 9
 
 
 def test_a_server_in_trouble_ends_the_run(served):
-    served["answer"] = lambda asked: Response("no memory", 500)
+    served["answer"] = lambda payload: Response("no memory", 500)
     with pytest.raises(Unavailable, match=r"/v1/rerank answered 500: no memory"):
         make_client(served).score(PAIRS)
-    served["answer"] = lambda asked: Response("no key", 401)
+    served["answer"] = lambda payload: Response("no key", 401)
     with pytest.raises(ValueError, match="answered 401: no key"):
         make_client(served).score(PAIRS)
 
 
 @pytest.mark.parametrize("options", [{"model": "n"}, {"version": "2"}, {"max_chars": 9}, {"extra_body": {"a": 1}}])
-def test_what_answers_is_the_identity_of_a_server(options):
+def test_the_identity_of_a_server_is_its_model_not_its_url(options):
     identity = EndpointTeacher("http://here/v1", "m").identity
     assert EndpointTeacher("http://here/v1", **{"model": "m"} | options).identity != identity
     assert EndpointTeacher("https://there/v2/", "m", concurrency=2, batch_size=3).identity == identity

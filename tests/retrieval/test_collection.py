@@ -1,9 +1,12 @@
 import gzip
+import io
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
-from modeling_querit.retrieval.collection import Collection
+from modeling_querit.retrieval.collection import Collection, Source, read_documents
 
 
 @pytest.fixture
@@ -25,13 +28,33 @@ def test_reads_the_layout_gzipped_or_not(folder):
     assert collection.queries == {"q1": "which fox"}
     assert collection.qrels == {"q1": {"d1": 2, "d2": 0}}
     assert collection.candidates == {}
-    assert Collection.splits(folder) == ["test"]
 
 
 def test_reads_candidates(folder):
     (folder / "candidates").mkdir()
     (folder / "candidates" / "test.tsv").write_text("query-id\tcorpus-id\nq1\td2\nq1\td1\n")
     assert Collection.load(folder, "test").candidates == {"q1": ["d2", "d1"]}
+
+
+def test_gzipped_candidates_are_read(folder):
+    (folder / "candidates").mkdir()
+    (folder / "candidates" / "test.tsv.gz").write_bytes(gzip.compress(b"query-id\tcorpus-id\nq1\td2\n", mtime=0))
+    assert Collection.load(folder, "test").candidates == {"q1": ["d2"]}
+
+
+def test_a_byte_order_mark_is_not_part_of_a_file(folder):
+    for path in [folder / "corpus.jsonl", folder / "qrels" / "test.tsv"]:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    collection = Collection.load(folder, "test")
+    assert list(collection.documents) == ["d1", "d2"]
+    assert collection.qrels == {"q1": {"d1": 2, "d2": 0}}
+
+
+def test_a_gzip_file_that_is_cut_off_is_named(folder):
+    path = folder / "queries.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"queries\.jsonl\.gz is cut off after line \d"):
+        Collection.load(folder, "test")
 
 
 def test_ids_may_be_numbers(folder):
@@ -69,13 +92,66 @@ def test_a_judgement_without_columns_is_named(folder):
     [
         (b'{"_id": "d9", "text": null}', "corpus.jsonl, line 1: the text is None"),
         (b'{"_id": "d9", "text": "x", "title": 7}', "corpus.jsonl, line 1: the title is 7"),
-        ('{"_id": "d9", "text": "Käse"}'.encode("latin-1"), "corpus.jsonl, after line 0: .*save it as UTF-8"),
+        ('{"_id": "d9", "text": "Käse"}'.encode("latin-1"), "corpus.jsonl, line 1: .*save it as UTF-8"),
     ],
     ids=["null", "number", "latin-1"],
 )
-def test_a_text_that_is_none_is_named(folder, line, message):
+def test_a_text_that_is_not_a_string_is_named(folder, line, message):
     for path in folder.glob("corpus.jsonl*"):
         path.unlink()
     (folder / "corpus.jsonl").write_bytes(line + b"\n")
     with pytest.raises(ValueError, match=message):
         Collection.load(folder, "test")
+
+
+def test_a_source_is_a_folder_and_a_split(folder):
+    assert Source.parse("data/scifact:dev") == Source(Path("data/scifact"), "dev")
+    assert Source.parse("data/scifact") == Source(Path("data/scifact"), "test")
+    assert Source.parse("data/scifact", "dev").split == "dev"
+    assert Source.parse("~/data").folder == Path.home() / "data"
+    source = Source.parse(f"{folder}:test")
+    assert str(source) == f"{folder}:test"
+    assert source.name == folder.name
+    assert source.load() == Collection.load(folder, "test")
+    assert [path.name for path in source.files()] == ["corpus.jsonl", "test.tsv", "queries.jsonl.gz"]
+
+
+def test_a_source_is_checked_without_reading_it(folder):
+    (folder / "corpus.jsonl").write_text("not JSON")
+    Source(folder, "test").check()
+    with pytest.raises(FileNotFoundError, match=r"dev\.tsv is missing"):
+        Source(folder, "dev").check()
+    (folder / "queries.jsonl.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"queries\.jsonl is missing"):
+        Source(folder, "test").check()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "documents"),
+    [
+        ("a.txt", b"red fox\r\n\n[1]\n", ["red fox", "[1]"]),
+        ("a.txt", b"\xef\xbb\xbfred\x0bfox\n", ["red\x0bfox"]),
+        ("a.txt", b' {"text": "red", "_id": 7}\n', [{"text": "red", "_id": 7}]),
+        ("a.jsonl", b'"red"\n{"title": "Fox", "text": ""}', ["red", {"title": "Fox", "text": ""}]),
+        ("a.ndjson.gz", gzip.compress(b'"red"\n', mtime=0), ["red"]),
+        ("a.txt.gz", gzip.compress(b"red\n", mtime=0), ["red"]),
+    ],
+)
+def test_documents_of_a_file(tmp_path, name, content, documents):
+    (tmp_path / name).write_bytes(content)
+    assert read_documents(str(tmp_path / name)) == documents
+
+
+def test_the_format_of_documents_can_be_given(tmp_path):
+    (tmp_path / "a.txt").write_text('{"text": "red"}\n')
+    assert read_documents(str(tmp_path / "a.txt"), is_jsonl=False) == ['{"text": "red"}']
+    (tmp_path / "b.txt").write_text('"red"\n')
+    assert read_documents(str(tmp_path / "b.txt"), is_jsonl=True) == ["red"]
+
+
+def test_documents_of_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("ein Füchslein\n\nx".encode())))
+    assert read_documents("-") == ["ein Füchslein", "x"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"text": \n')))
+    with pytest.raises(ValueError, match="standard input, line 1: "):
+        read_documents("-")

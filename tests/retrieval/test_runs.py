@@ -17,25 +17,25 @@ def test_a_run_is_read_as_it_was_written(tmp_path, found):
     assert read_run(tmp_path / "a.trec") == run
 
 
-def test_the_format(tmp_path):
-    write_run({"q1": [("b", 2.5), ("a", 1.0)], "q2": [("c", -0.25)]}, tmp_path / "a.trec", tag="mine")
+def test_the_format_is_that_of_trec(tmp_path):
+    write_run({"q1": [("b", 2.5), ("a", 1.0)], "q2": [("c", -0.25)]}, tmp_path / "a.trec", tag="bm25")
     lines = (tmp_path / "a.trec").read_text().splitlines()
-    assert lines == ["q1 Q0 b 1 2.5 mine", "q1 Q0 a 2 1.0 mine", "q2 Q0 c 1 -0.25 mine"]
+    assert lines == ["q1 Q0 b 1 2.5 bm25", "q1 Q0 a 2 1.0 bm25", "q2 Q0 c 1 -0.25 bm25"]
 
 
-def test_scores_count_and_not_lines_or_ranks(tmp_path):
+def test_documents_are_ordered_by_score_not_rank(tmp_path):
     (tmp_path / "a.run").write_text("q Q0 a 1 0.5 x\n\nr\tQ0\tz\t1\t1e-3\n  q Q0 b 2 7 x y\nq Q0 c 3 0.5 x\n")
     assert read_run(tmp_path / "a.run") == {"q": [("b", 7.0), ("a", 0.5), ("c", 0.5)], "r": [("z", 0.001)]}
 
 
-def test_scores_of_numpy(tmp_path):
+def test_scores_may_be_numpy_floats(tmp_path):
     numpy = pytest.importorskip("numpy")
     write_run({"q": [("a", numpy.float64(0.5)), ("b", numpy.float32(0.25))]}, tmp_path / "a.trec")
     assert read_run(tmp_path / "a.trec") == {"q": [("a", 0.5), ("b", 0.25)]}
 
 
 @pytest.mark.parametrize("run", [{"q": [("my file.txt", 1.0)]}, {"a query": [("a", 1.0)]}, {"q": [("", 1.0)]}])
-def test_ids_that_the_format_cannot_hold(tmp_path, run):
+def test_ids_that_the_format_cannot_hold_are_refused(tmp_path, run):
     with pytest.raises(ValueError, match=r"file\.txt|a query|''"):
         write_run(run, tmp_path / "a.trec")
 
@@ -51,13 +51,13 @@ def test_ids_that_the_format_cannot_hold(tmp_path, run):
         ("q Q0 a 2 0.1 x", "query q has document a twice"),
     ],
 )
-def test_lines_that_are_none(tmp_path, line, message):
+def test_broken_lines_are_named(tmp_path, line, message):
     (tmp_path / "a.trec").write_text(f"q Q0 a 1 0.5 x\n{line}\n")
     with pytest.raises(ValueError, match=rf"a\.trec, line 2: .*{message}"):
         read_run(tmp_path / "a.trec")
 
 
-def test_fuse():
+def test_fused_scores_are_sums_of_reciprocal_ranks():
     first, second = [("a", 9.0), ("b", 8.0), ("c", 7.0)], [("b", 0.7), ("d", 0.6)]
     expected = [("b", 1 / 62 + 1 / 61), ("a", 1 / 61), ("d", 1 / 62), ("c", 1 / 63)]
     assert fuse([first, second]) == [(name, pytest.approx(score)) for name, score in expected]
@@ -65,17 +65,17 @@ def test_fuse():
     assert fuse([first, second], constant=1)[0] == ("b", pytest.approx(1 / 3 + 1 / 2))
 
 
-def test_one_ranking_stays_as_it_is():
+def test_a_single_ranking_is_unchanged():
     assert fuse([[("a", 9.0), ("b", 8.0)]], k=1) == [("a", 9.0)]
     assert fuse([]) == fuse([[], []]) == []
 
 
-def test_the_scores_of_rankings_do_not_count():
+def test_fusion_ignores_scores():
     ranking = [("a", 9.0), ("b", 8.0)]
     assert fuse([ranking, [("c", 1.0)]]) == fuse([[("a", 0.1), ("b", 0.1)], [("c", -5.0)]])
 
 
 @given(rankings, st.randoms(use_true_random=False))
-def test_the_order_of_rankings_does_not_matter(found, rng):
-    rankings = [[(document, 0.0) for document in each] for each in found]
+def test_the_order_of_rankings_does_not_matter(orders, rng):
+    rankings = [[(document, 0.0) for document in order] for order in orders]
     assert fuse(rankings) == fuse(rng.sample(rankings, len(rankings)))

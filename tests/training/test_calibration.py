@@ -38,12 +38,12 @@ def test_sigmoid_is_the_logistic_function():
     )
 
 
-def test_equal_scores_say_nothing():
+def test_equal_scores_become_the_middle():
     assert Calibration.fit([3.0, 3.0], "quantile").apply([3.0, 9.0]).tolist() == [0.5, 0.5]
     assert Calibration.fit([3.0, 3.0], "rank").apply([3.0]).tolist() == [0.5]
 
 
-def test_unknown_stays_unknown():
+def test_unknown_scores_stay_unknown():
     for method in METHODS:
         labels = Calibration.fit([0.0, 1.0], method).apply([math.nan, 1.0])
         assert math.isnan(labels[0])
@@ -54,7 +54,7 @@ def test_unknown_stays_unknown():
     ("scores", "method", "message"),
     [([], "rank", "no finite"), ([math.nan], "rank", "no finite"), ([2.0], "none", "2"), ([0.0], "minmax", "choose")],
 )
-def test_what_cannot_be_calibrated_is_refused(scores, method, message):
+def test_scores_that_cannot_be_calibrated_are_refused(scores, method, message):
     with pytest.raises(ValueError, match=message):
         Calibration.fit(scores, method)
 
@@ -64,20 +64,20 @@ def test_a_label_is_the_weighted_mean_of_the_teachers_that_were_asked(tmp_path):
     teachers = Teachers.fit(rows, weights={"a": 1, "b": 3}, methods={"a": "quantile", "b": "none"})
     assert teachers.labels({"a": [0.0, 10.0], "b": [0.2, 0.4]}) == pytest.approx([0.15, 0.55])
     assert teachers.labels({"a": [None, 10.0], "b": [0.2, None]}) == pytest.approx([0.2, 1.0])
-    nobody = teachers.labels({"a": [None, 10.0], "other": [1.0, 1.0]})
-    assert math.isnan(nobody[0])
-    assert nobody[1] == pytest.approx(1.0)
+    labels = teachers.labels({"a": [None, 10.0], "other": [1.0, 1.0]})
+    assert math.isnan(labels[0])
+    assert labels[1] == pytest.approx(1.0)
     teachers.save(tmp_path / "teachers.json")
     assert Teachers.load(tmp_path / "teachers.json") == teachers
 
 
 @pytest.mark.parametrize("weights", [{"c": 1.0}, {"a": 0.0}, {"a": -1.0}, {"a": math.nan}])
-def test_weights_that_mean_nothing_are_refused(weights):
+def test_weights_have_to_be_of_teachers_and_above_zero(weights):
     with pytest.raises(ValueError, match="teacher"):
         Teachers.fit([{"a": [0.0, 1.0]}], weights)
 
 
-def test_one_score_in_many_still_counts():
-    """The first and the last percentile are equal, and all that tells documents apart is outside of them."""
+def test_a_rare_score_still_counts():
+    """The first and the last percentile are equal; only scores outside of them tell documents apart."""
     scores = [1.0] + [0.0] * 100
     assert Calibration.fit(scores).apply(scores).tolist() == scores

@@ -1,3 +1,5 @@
+"""Batches of whole queries."""
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ ROWS = [
 ]
 
 
-def test_the_collator_flattens_whole_queries(processor):
+def test_whole_queries_become_pairs(processor):
     batch = RankingCollator(processor)(ROWS)
     assert batch["labels"].tolist() == [1, 0.5, 0]
     assert batch["labels"].dtype == torch.float32
@@ -19,16 +21,21 @@ def test_the_collator_flattens_whole_queries(processor):
     assert set(batch["input_ids"][:, -1].tolist()) == {processor.cls_token_id}
 
 
-def test_the_collator_cuts_at_its_own_length(processor):
+def test_pairs_are_truncated_to_the_length_of_the_collator(processor):
     shortest = len(processor.encode(["who wrote it"], [""])[0].input_ids)
     rows = [{"query": "who wrote it", "documents": ["book " * 500], "labels": [1]}]
     assert RankingCollator(processor, max_length=shortest + 5)(rows)["input_ids"].shape[1] == shortest + 5
 
 
-def test_labels_of_other_documents_are_refused(processor):
+def test_a_row_without_labels_is_named(processor):
+    with pytest.raises(ValueError, match="No labels for query 'a': train on scores"):
+        RankingCollator(processor)([{"query": "a", "documents": ["x"], "scores": {"t": [1]}}])
+
+
+def test_documents_and_labels_have_to_match(processor):
     rows = [
         {"query": "a", "documents": ["x", "y"], "labels": [1]},
         {"query": "b", "documents": ["u"], "labels": [0, 1]},
     ]
-    with pytest.raises(ValueError, match="2 documents and 1 labels: query 'a'"):
+    with pytest.raises(ValueError, match="shorter"):
         RankingCollator(processor)(rows)

@@ -5,7 +5,7 @@ import torch
 from small_runs import make_trainer
 from tiny import EXPERTS, make_model
 
-from modeling_querit.training.experts import ExpertLoadCallback, expert_layers, freeze, load_figures, router_of
+from modeling_querit.training.experts import ExpertLoadCallback, expert_layers, freeze, load_metrics, router_of
 
 
 @pytest.fixture
@@ -13,51 +13,51 @@ def mixture(processor):
     return make_model("deepseek_v3", processor)
 
 
-def test_figures():
-    assert load_figures(torch.tensor([5, 5, 5, 5])) == {
+def test_load_metrics_of_balanced_and_of_one_sided_counts():
+    assert load_metrics(torch.tensor([5, 5, 5, 5])) == {
         "expert_load_max": 1.0,
         "expert_load_entropy": pytest.approx(1.0),
         "expert_dead": 0,
     }
-    lopsided = load_figures(torch.tensor([8, 0, 0, 0]))
-    assert lopsided == {"expert_load_max": 4.0, "expert_load_entropy": 0.0, "expert_dead": 3}
+    one_sided = load_metrics(torch.tensor([8, 0, 0, 0]))
+    assert one_sided == {"expert_load_max": 4.0, "expert_load_entropy": 0.0, "expert_dead": 3}
 
 
 def count_tokens(layer):
-    """Tokens of each expert, of every training pass from now on."""
-    counted = []
+    """A list that receives the tokens of each expert at every training pass."""
+    passes = []
 
     def count(experts, args):
         if experts.training:
-            counted.append(torch.bincount(args[1].flatten(), minlength=EXPERTS))
+            passes.append(torch.bincount(args[1].flatten(), minlength=EXPERTS))
 
     layer.experts.register_forward_pre_hook(count)
-    return counted
+    return passes
 
 
 def test_the_load_is_logged_by_layer(mixture, tmp_path):
     ((name, layer),) = expert_layers(mixture)
-    counted = count_tokens(layer)
+    passes = count_tokens(layer)
     trainer = make_trainer(mixture, tmp_path, max_steps=2, logging_steps=2, callbacks=[ExpertLoadCallback()])
     trainer.train()
     log = trainer.state.log_history[0]
-    counts = sum(counted)
+    counts = sum(passes)
     assert log[f"expert_load_max/{name}"] == pytest.approx(counts.max().item() / counts.float().mean().item())
     assert log["expert_load_max"] == log[f"expert_load_max/{name}"]
     assert log["expert_dead"] == (counts == 0).sum()
     assert 0 < log["expert_load_entropy"] <= 1
-    # Nothing is left behind.
+    # Only the hook of count_tokens is left.
     assert len(layer.experts._forward_pre_hooks) == 1
 
 
 def test_the_bias_rises_for_idle_experts_and_falls_for_busy_ones(mixture, tmp_path):
     ((_, layer),) = expert_layers(mixture)
     before = router_of(layer).e_score_correction_bias.clone()
-    counted = count_tokens(layer)
+    passes = count_tokens(layer)
     settings = {"max_steps": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     make_trainer(mixture, tmp_path, callbacks=[ExpertLoadCallback(0.001)], **settings).train()
-    assert len(counted) == 2
-    counts = sum(counted).float()
+    assert len(passes) == 2
+    counts = sum(passes).float()
     expected = before + 0.001 * torch.sign(counts.mean() - counts)
     torch.testing.assert_close(router_of(layer).e_score_correction_bias, expected)
 
@@ -73,7 +73,7 @@ def test_the_bias_is_kept_in_float32(mixture, tmp_path):
 
 
 def last_log(output_dir, rate, processor):
-    """Of the last third of a run on a mixture whose router begins by preferring some experts."""
+    """The log of the last third of a run on a mixture whose router begins by preferring some experts."""
     model = make_model("deepseek_v3", processor)
     ((_, layer),) = expert_layers(model)
     with torch.no_grad():
@@ -86,6 +86,7 @@ def last_log(output_dir, rate, processor):
     return trainer.state.log_history[2]
 
 
+@pytest.mark.slow
 def test_biases_keep_experts_alive_at_equal_loss(tmp_path, processor):
     """Without them, experts that the router does not prefer die; with them, the load is even."""
     left_alone, balanced = last_log(tmp_path, 0.0, processor), last_log(tmp_path, 0.01, processor)
@@ -99,7 +100,7 @@ def test_biases_keep_experts_alive_at_equal_loss(tmp_path, processor):
 
 
 @pytest.mark.parametrize("parts", ["router", "experts"])
-def test_freezing(mixture, tmp_path, parts):
+def test_frozen_parts_do_not_change(mixture, tmp_path, parts):
     ((name, _),) = expert_layers(mixture)
     assert freeze(mixture, parts) > 0
     before = copy.deepcopy(mixture.state_dict())
@@ -109,7 +110,7 @@ def test_freezing(mixture, tmp_path, parts):
         assert torch.equal(before[key], mixture.state_dict()[key]) == (part == parts)
 
 
-def test_dense_models_have_no_load(processor, tmp_path):
+def test_dense_models_have_no_expert_load(processor, tmp_path):
     dense = make_model("qwen3", processor)
     with pytest.raises(ValueError, match="dense"):
         make_trainer(dense, tmp_path, callbacks=[ExpertLoadCallback()]).train()

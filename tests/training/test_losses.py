@@ -6,40 +6,41 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_querit.loss_querit import pairwise_hinge_loss
-from modeling_querit.training.losses import LOSSES, choose_losses, count_items, listwise_kl
+from modeling_querit.training.losses import LOSSES, count_items, listwise_kl, select_losses
 
 FINITE = st.floats(-5, 5, width=32)
 LABEL = st.sampled_from([0.0, 0.25, 0.5, 1.0, math.nan])
 
 
 def by_query(labels, query_ids):
-    """Places of each query that has two different labels, unknown ones left out."""
+    """Positions of each query with two different labels, without NaN labels."""
     for query in sorted(set(query_ids)):
-        mine = [place for place, each in enumerate(query_ids) if each == query and not math.isnan(labels[place])]
-        if len({labels[place] for place in mine}) > 1:
-            yield mine
+        positions = [i for i, query_id in enumerate(query_ids) if query_id == query and not math.isnan(labels[i])]
+        if len({labels[i] for i in positions}) > 1:
+            yield positions
 
 
 def pairs(labels, query_ids):
-    for mine in by_query(labels, query_ids):
-        yield from ((i, j, mine) for i in mine for j in mine if labels[i] > labels[j])
+    """Positions i, j of one query with a higher label at i."""
+    for positions in by_query(labels, query_ids):
+        yield from ((i, j) for i in positions for j in positions if labels[i] > labels[j])
 
 
 def slow_hinge(scores, labels, query_ids, margin_scale=0.8, emphasis=0.0):
-    for i, j, _ in pairs(labels, query_ids):
-        everybody = [place for place, each in enumerate(query_ids) if each == query_ids[i]]
-        above = sum(scores[place] > scores[j] for place in everybody)
-        margin = margin_scale * (labels[i] - labels[j]) * (2 if above < emphasis * len(everybody) else 1)
+    for i, j in pairs(labels, query_ids):
+        query_scores = [score for score, query_id in zip(scores, query_ids, strict=True) if query_id == query_ids[i]]
+        above = sum(score > scores[j] for score in query_scores)
+        margin = margin_scale * (labels[i] - labels[j]) * (2 if above < emphasis * len(query_scores) else 1)
         yield max(0.0, margin - (scores[i] - scores[j]))
 
 
 def slow_margin_mse(scores, labels, query_ids, margin_scale=1.0):
-    for i, j, _ in pairs(labels, query_ids):
+    for i, j in pairs(labels, query_ids):
         yield ((scores[i] - scores[j]) - margin_scale * (labels[i] - labels[j])) ** 2
 
 
 def slow_ranknet(scores, labels, query_ids):
-    for i, j, _ in pairs(labels, query_ids):
+    for i, j in pairs(labels, query_ids):
         yield math.log(1 + math.exp(scores[j] - scores[i]))
 
 
@@ -49,17 +50,17 @@ def softmax(values):
 
 
 def slow_listwise_kl(scores, labels, query_ids, temperature=0.1):
-    for mine in by_query(labels, query_ids):
-        target = softmax([labels[place] / temperature for place in mine])
-        found = softmax([scores[place] for place in mine])
-        yield sum(p * math.log(p / q) for p, q in zip(target, found, strict=True) if p)
+    for positions in by_query(labels, query_ids):
+        target = softmax([labels[i] / temperature for i in positions])
+        predicted = softmax([scores[i] for i in positions])
+        yield sum(p * math.log(p / q) for p, q in zip(target, predicted, strict=True) if p)
 
 
 def slow_pointwise_bce(scores, labels, query_ids):
-    for mine in by_query(labels, query_ids):
-        for place in mine:
-            p = 1 / (1 + math.exp(-scores[place]))
-            yield -labels[place] * math.log(p) - (1 - labels[place]) * math.log(1 - p)
+    for positions in by_query(labels, query_ids):
+        for i in positions:
+            p = 1 / (1 + math.exp(-scores[i]))
+            yield -labels[i] * math.log(p) - (1 - labels[i]) * math.log(1 - p)
 
 
 SLOW = {
@@ -97,7 +98,7 @@ def mean(losses):
     return sum(losses) / len(losses) if losses else 0.0
 
 
-def test_every_loss_is_checked_here():
+def test_every_loss_has_a_slow_formula():
     assert set(SLOW) == set(LOSSES)
 
 
@@ -108,8 +109,8 @@ def test_equals_the_slow_formula(name, settings, batch):
     loss = LOSSES[name].function(*tensors(batch), **settings)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(mean(slow), abs=1e-4, rel=1e-4)
-    every = LOSSES[name].function(*tensors(batch), **settings, reduction="none")
-    assert sorted(every.tolist()) == pytest.approx(sorted(slow), abs=1e-4, rel=1e-4)
+    items = LOSSES[name].function(*tensors(batch), **settings, reduction="none")
+    assert sorted(items.tolist()) == pytest.approx(sorted(slow), abs=1e-4, rel=1e-4)
     assert count_items(LOSSES[name], *tensors(batch)[1:]) == len(slow)
 
 
@@ -127,7 +128,7 @@ def test_the_order_of_documents_and_the_names_of_queries_do_not_matter(name, bat
 @pytest.mark.parametrize("name", LOSSES)
 @given(batches())
 def test_a_batch_is_the_sum_of_its_queries(name, batch):
-    """However a batch is split, sums and counts add up: what accumulation and processes rely on."""
+    """Gradient accumulation and several processes rely on it: sums and counts add up, however a batch is split."""
     scores, labels, query_ids = tensors(batch)
     function = LOSSES[name].function
     parts = [query_ids == query for query in query_ids.unique()]
@@ -153,8 +154,8 @@ def test_a_query_without_anything_to_compare_gives_zero_and_a_gradient(name, lab
     loss.backward()
     assert loss.item() == 0
     assert scores.grad.tolist() == [0, 0]
-    one = LOSSES[name].function(scores[:1], torch.tensor([1.0]), torch.tensor([0]))
-    assert one.item() == 0
+    single = LOSSES[name].function(scores[:1], torch.tensor([1.0]), torch.tensor([0]))
+    assert single.item() == 0
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -171,7 +172,7 @@ def test_gradcheck(name):
     # No difference is near a margin, where the hinge has a corner.
     scores = torch.tensor([0.31, -0.22, 0.13, 0.7, -0.51], dtype=torch.float64, requires_grad=True)
     labels, query_ids = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0]), torch.tensor([0, 0, 0, 1, 1])
-    assert torch.autograd.gradcheck(lambda each: LOSSES[name].function(each, labels, query_ids), scores)
+    assert torch.autograd.gradcheck(lambda values: LOSSES[name].function(values, labels, query_ids), scores)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -181,7 +182,7 @@ def test_shapes_are_checked(name):
 
 
 def test_the_hinge_is_dead_where_scores_saturate_and_on_the_logit_it_is_not():
-    """The design's trap: loss stuck at the margin."""
+    """A trap: the loss is stuck at the margin."""
     logits = torch.tensor([60.0, 60.0], requires_grad=True)
     labels, query_ids = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
     pairwise_hinge_loss(torch.tanh(logits / 2), labels, query_ids).backward()
@@ -193,20 +194,20 @@ def test_the_hinge_is_dead_where_scores_saturate_and_on_the_logit_it_is_not():
     assert logits.grad.abs().min() > 0.4
 
 
-def test_names_say_what_a_loss_acts_on():
-    chosen = choose_losses(
+def test_a_name_may_say_which_output_a_loss_is_computed_on():
+    selected = select_losses(
         ["pairwise_hinge", "pairwise_hinge:logit", "listwise_kl"], margin_scale=0.5, temperature=None
     )
-    assert [loss.output for loss in chosen.values()] == ["score", "logit", "logit"]
+    assert [loss.output for loss in selected.values()] == ["score", "logit", "logit"]
     batch = tensors(([0.0, 0.0], [1.0, 0.0], [0, 0]))
-    assert chosen["pairwise_hinge"].function(*batch).item() == 0.5
-    assert chosen["listwise_kl"].function(*batch).item() == listwise_kl(*batch).item()
+    assert selected["pairwise_hinge"].function(*batch).item() == 0.5
+    assert selected["listwise_kl"].function(*batch).item() == listwise_kl(*batch).item()
 
 
 @pytest.mark.parametrize("names", [[], ["hinge"], ["pairwise_hinge:logits"], [":score"]])
 def test_unknown_losses_are_refused(names):
     with pytest.raises(ValueError, match="choose from pairwise_hinge, margin_mse, listwise_kl, ranknet, pointwise_bce"):
-        choose_losses(names)
+        select_losses(names)
 
 
 def test_an_unknown_reduction_is_refused():

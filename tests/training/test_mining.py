@@ -1,12 +1,11 @@
-import random
+"""Rows from collections: negatives to train on, candidate lists to validate on."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from modeling_querit.retrieval.collection import Collection
-from modeling_querit.training.dataset import RankingDataset
-from modeling_querit.training.mining import Bands, judged_rows, mine_rows
+from modeling_querit.retrieval.sampling import Bands
+from modeling_querit.training.data import RankingDataset
+from modeling_querit.training.mining import mine_rows, validation_rows
 
 ANIMALS = ["fox", "hen", "cow", "dog", "cat", "owl"]
 
@@ -18,7 +17,7 @@ def collection():
     return Collection("animals", documents, queries, {animal: {f"{animal}0": 2, f"{animal}1": 1} for animal in ANIMALS})
 
 
-def test_a_row_has_the_best_document_and_negatives_that_nobody_judged_relevant(collection):
+def test_a_row_has_the_best_document_and_negatives_without_a_relevant_grade(collection):
     rows = mine_rows(collection, bands=Bands(2, 0, 1, 6, 6))
     assert len(rows) == len(ANIMALS)
     RankingDataset(rows)
@@ -41,10 +40,7 @@ def test_easy_rows_come_first(collection):
     rows = mine_rows(collection, bands=Bands(2, 0, 0, 4, 4), easy_first=0.5, seed=1)
     hard = mine_rows(collection, bands=Bands(2, 0, 0, 4, 4), seed=1)
     assert [row["source"] for row in rows] == [row["source"] for row in hard]
-    is_hard = [
-        {each["text"] for each in a["documents"]} == {each["text"] for each in b["documents"]}
-        for a, b in zip(rows, hard, strict=True)
-    ]
+    is_hard = [set(texts_of(row)) == set(texts_of(hard_row)) for row, hard_row in zip(rows, hard, strict=True)]
     assert is_hard[3:] == [True] * 3
     assert not all(is_hard[:3])
 
@@ -54,12 +50,12 @@ def test_the_same_seed_draws_the_same(collection):
     assert mine_rows(collection, seed=3) != mine_rows(collection, seed=4)
 
 
-def test_limits(collection):
+def test_queries_and_positives_are_limited(collection):
     assert len(mine_rows(collection, limit=2)) == 2
     assert mine_rows(collection, max_chars=3) == []
 
 
-def test_listed_candidates_are_the_pool(collection):
+def test_negatives_come_from_the_candidate_list_where_there_is_one(collection):
     candidates = {animal: [f"{animal}0", "owl3" if animal != "owl" else "cow3"] for animal in ANIMALS}
     listed = Collection("listed", collection.documents, collection.queries, collection.qrels, candidates)
     for row in mine_rows(listed, bands=Bands(1, 0, 0)):
@@ -79,24 +75,24 @@ class Alphabetical:
 def test_any_retriever_finds_negatives(collection):
     retriever = Alphabetical(collection.documents)
     for row in mine_rows(collection, bands=Bands(1, 0, 0, 1, 1), retriever=retriever):
-        # cat0 is relevant to "cat": what the list lacks, other documents make up for.
-        negatives = [each["text"] for each in row["documents"][1:]]
+        # cat0 is relevant to "cat", so another document takes its place.
+        negatives = texts_of(row)[1:]
         assert (negatives == ["cat story 0"]) == (row["source"] != "animals/cat")
         assert len(negatives) == 1
 
 
 class Guard:
-    """A teacher that knows all documents numbered 2 to be as good as the positive."""
+    """A teacher that scores documents numbered 2 as high as the positive."""
 
-    def predict(self, pairs):
+    def predict(self, pairs, **options):
         return [0.9 if text.endswith(("0", "2")) else 0.1 for _, text in pairs]
 
 
-def test_what_the_teacher_thinks_relevant_is_no_negative(collection):
+def test_negatives_that_the_guard_finds_relevant_are_filtered_out(collection):
     bands = Bands(2, 0, 0, 4, 4)
 
     def doubtful(rows):
-        """Rows with the document that the teacher thinks relevant."""
+        """Rows with the document that the guard finds relevant."""
         return [row for row in rows if f"{row['source'].removeprefix('animals/')} story 2" in texts_of(row)]
 
     assert len(doubtful(mine_rows(collection, bands=bands))) == len(ANIMALS)
@@ -113,11 +109,11 @@ def texts_of(row):
     return [document["text"] for document in row["documents"]]
 
 
-def test_rows_to_validate_on_have_all_judgements(collection):
-    rows = judged_rows(collection, depth=4)
+def test_validation_rows_have_grades_as_labels(collection):
+    rows = validation_rows(collection, depth=4)
     assert len(rows) == len(ANIMALS)
     for row in rows:
-        by_text = dict(zip((each["text"] for each in row["documents"]), row["labels"], strict=True))
+        by_text = dict(zip(texts_of(row), row["labels"], strict=True))
         animal = row["source"].removeprefix("animals/")
         assert by_text == {
             f"{animal} story 0": 2,
@@ -125,32 +121,4 @@ def test_rows_to_validate_on_have_all_judgements(collection):
             f"{animal} story 2": 0,
             f"{animal} story 3": 0,
         }
-    assert len(judged_rows(collection, depth=4, limit=2)) == 2
-
-
-@given(
-    st.tuples(*[st.integers(0, 4)] * 3).filter(any),
-    st.integers(1, 8),
-    st.integers(0, 8),
-    st.integers(0, 30),
-    st.integers(0, 10),
-    st.integers(0, 99),
-)
-def test_bands(counts, top_depth, more_depth, ranked, others, seed):
-    bands = Bands(*counts, top_depth, top_depth + more_depth)
-    places, rest = list(range(ranked)), [100 + n for n in range(others)]
-    drawn = bands.draw(places, rest, random.Random(seed))
-    assert len(set(drawn)) == len(drawn) <= bands.size
-    assert set(drawn) <= {*places, *rest}
-    if ranked >= bands.depth + bands.size and more_depth >= bands.middle and top_depth >= bands.top:
-        of_top = [each for each in drawn if each < top_depth]
-        of_middle = [each for each in drawn if top_depth <= each < bands.depth]
-        assert [len(of_top), len(of_middle), len(drawn)] == [bands.top, bands.middle, bands.size]
-
-
-@pytest.mark.parametrize(
-    "settings", [{"top": 0, "random": 0}, {"top": -1}, {"top_depth": 0}, {"top_depth": 9, "depth": 3}]
-)
-def test_bands_that_draw_nothing_are_refused(settings):
-    with pytest.raises(ValueError, match=r"draws no document|top_depth"):
-        Bands(**settings)
+    assert len(validation_rows(collection, depth=4, limit=2)) == 2

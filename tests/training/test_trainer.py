@@ -6,19 +6,19 @@ import torch
 from small_runs import ROWS, UNEVEN, Gradients, make_args, make_trainer
 from tiny import make_model
 
-from modeling_querit.training.dataset import RankingDataset
+from modeling_querit.training.data import RankingDataset
 from modeling_querit.training.trainer import QueritTrainer
 
 
 def gradients(model, output_dir, rows=UNEVEN, **settings):
-    """Those of one optimizer step over all rows."""
+    """Gradients of one optimizer step over all rows, by name of the parameter."""
     callback = Gradients()
     settings = {"max_steps": 1, "max_grad_norm": 0, "per_device_train_batch_size": len(rows)} | settings
     make_trainer(copy.deepcopy(model), output_dir, rows, callbacks=[callback], **settings).train()
-    return callback.seen[0]
+    return callback.steps[0]
 
 
-def assert_same(first, second, **tolerances):
+def assert_close(first, second, **tolerances):
     assert first.keys() == second.keys()
     tolerances = {"atol": 2e-6, "rtol": 1e-4} | tolerances
     for name, gradient in first.items():
@@ -37,11 +37,11 @@ def test_the_loss_is_the_models_own(model, tmp_path):
 def test_losses_add_up(model, tmp_path):
     batch = make_trainer(model, tmp_path).data_collator(ROWS[:3])
     names = ["pairwise_hinge", "listwise_kl", "pointwise_bce"]
-    each = [make_trainer(model, tmp_path, losses=[name]).compute_loss(model, batch).item() for name in names]
-    assert make_trainer(model, tmp_path, losses=names).compute_loss(model, batch).item() == pytest.approx(sum(each))
+    losses = [make_trainer(model, tmp_path, losses=[name]).compute_loss(model, batch).item() for name in names]
+    assert make_trainer(model, tmp_path, losses=names).compute_loss(model, batch).item() == pytest.approx(sum(losses))
 
 
-def test_it_learns(model, tmp_path):
+def test_training_lowers_the_loss(model, tmp_path):
     student = copy.deepcopy(model)
     trainer = make_trainer(
         student, tmp_path, max_steps=12, learning_rate=3e-3, losses=["listwise_kl"], per_device_train_batch_size=8
@@ -67,14 +67,14 @@ def test_accumulation_changes_no_gradient(model, tmp_path, accumulation):
         per_device_train_batch_size=8 // accumulation,
         gradient_accumulation_steps=accumulation,
     )
-    assert_same(whole, parts)
+    assert_close(whole, parts)
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}])
 def test_packing_changes_no_gradient(model, tmp_path, settings):
     padded = gradients(model, tmp_path, packing=False, losses=LOSS_NAMES)
     packed = gradients(model, tmp_path, losses=LOSS_NAMES, **settings)
-    assert_same(padded, packed)
+    assert_close(padded, packed)
     assert any(gradient.abs().max() > 1e-4 for gradient in packed.values())
 
 
@@ -82,10 +82,10 @@ def test_packing_changes_no_gradient(model, tmp_path, settings):
 def test_packing_changes_no_gradient_of_other_backbones(name, processor, tmp_path):
     backbone = make_model(name, processor, **({"sliding_window": 16} if name == "gemma3_text" else {}))
     padded = gradients(backbone, tmp_path, packing=False)
-    assert_same(padded, gradients(backbone, tmp_path, gradient_checkpointing=True))
+    assert_close(padded, gradients(backbone, tmp_path, gradient_checkpointing=True))
 
 
-def test_packed_batches_hold_each_querys_beginning_once(model, tmp_path):
+def test_packed_batches_hold_the_shared_prefix_of_a_query_once(model, tmp_path):
     packed = make_trainer(model, tmp_path).data_collator(ROWS)
     padded = make_trainer(model, tmp_path, packing=False).data_collator(ROWS)
     assert packed["input_ids"].shape[0] == 1
@@ -93,11 +93,11 @@ def test_packed_batches_hold_each_querys_beginning_once(model, tmp_path):
     assert torch.equal(packed["labels"], padded["labels"])
     model.eval()
     with torch.no_grad():
-        score = [
-            model(**{k: v for k, v in each.items() if k not in ("labels", "query_ids")}).score
-            for each in (packed, padded)
+        scores = [
+            model(**{name: value for name, value in batch.items() if name not in ("labels", "query_ids")}).score
+            for batch in (packed, padded)
         ]
-    torch.testing.assert_close(*score, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
 
 
 def test_a_backbone_that_cannot_be_packed_is_padded(model, tmp_path, monkeypatch):
@@ -108,20 +108,20 @@ def test_a_backbone_that_cannot_be_packed_is_padded(model, tmp_path, monkeypatch
     assert trainer.state.global_step == 2
 
 
-def test_adapters_are_trained_in_packs_too(model, tmp_path):
+def test_packing_changes_no_gradient_of_adapters(model, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=2, target_modules=["o_proj", "down_proj"], modules_to_save=["score"])
-    seen = []
+    gradients_by_packing = []
     for packing in (True, False):
         torch.manual_seed(0)
         callback = Gradients()
         adapted = get_peft_model(copy.deepcopy(model), config)
         make_trainer(adapted, tmp_path, UNEVEN, [callback], max_steps=1, max_grad_norm=0, packing=packing).train()
-        seen.append(callback.seen[0])
-    assert any("lora" in name for name in seen[0])
-    assert any("score" in name for name in seen[0])
-    assert_same(*seen)
+        gradients_by_packing.append(callback.steps[0])
+    assert any("lora" in name for name in gradients_by_packing[0])
+    assert any("score" in name for name in gradients_by_packing[0])
+    assert_close(*gradients_by_packing)
 
 
 def test_bfloat16_needs_no_accelerator(tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_bfloat16_learns_too(model, tmp_path):
     assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
 
 
-def test_what_is_logged(model, tmp_path):
+def test_logs_have_the_weighted_losses_and_the_spread_of_scores(model, tmp_path):
     names = ["pairwise_hinge", "listwise_kl"]
     trainer = make_trainer(
         copy.deepcopy(model),
@@ -153,8 +153,8 @@ def test_what_is_logged(model, tmp_path):
     log = trainer.state.log_history[1]
     assert log["loss"] == pytest.approx(log["loss_pairwise_hinge"] + 0.5 * log["loss_listwise_kl"], abs=1e-4)
     # At learning rate 0, every step sees the same scores of all rows.
-    scores = [model.predict([(row["query"], each) for each in row["documents"]]) for row in UNEVEN]
-    spreads = [each.std(correction=0).item() for each in scores]
+    scores = [model.predict([(row["query"], document) for document in row["documents"]]) for row in UNEVEN]
+    spreads = [query_scores.std(correction=0).item() for query_scores in scores]
     assert log["score_spread"] == pytest.approx(sum(spreads) / len(spreads), abs=1e-5)
     assert log["score_saturated"] == pytest.approx((torch.cat(scores).abs() > 0.99).float().mean().item())
 
@@ -172,7 +172,7 @@ def test_validation_measures_each_collection_and_their_mean(model, tmp_path):
 
 
 def slow_ndcg(model, row):
-    scores = model.predict([(row["query"], each) for each in row["documents"]]).tolist()
+    scores = model.predict([(row["query"], document) for document in row["documents"]]).tolist()
     order = sorted(range(len(scores)), key=lambda place: -scores[place])
 
     def dcg(labels):
@@ -202,14 +202,14 @@ def test_the_best_checkpoint_is_chosen_by_ndcg(model, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"losses": ["hinge"]}, "'hinge' is no loss"),
+        ({"losses": ["hinge"]}, "'hinge' is not a loss"),
         ({"losses": []}, "no loss"),
         ({"loss_weights": [1.0, 2.0]}, "2 loss_weights for 1 losses"),
         ({"emphasis": 1.5}, "emphasis is 1.5"),
         ({"temperature": 0.0}, "temperature is 0.0"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(tmp_path, settings, message):
+def test_losses_and_their_settings_are_checked(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **settings)
 
@@ -229,15 +229,15 @@ def test_the_head_has_a_learning_rate_of_its_own(model, tmp_path):
     assert len(rates) == len(named)
 
 
-def test_what_it_saves_is_a_whole_folder(model, tmp_path):
+def test_a_saved_model_is_a_folder_for_every_runtime(model, tmp_path):
     trainer = make_trainer(copy.deepcopy(model), tmp_path)
     trainer.save_model(str(tmp_path / "saved"))
     names = {path.name for path in (tmp_path / "saved").iterdir()}
     assert {"model.safetensors", "tokenizer.json", "modules.json", "modeling_querit.py"} <= names
 
 
-def test_the_best_checkpoint_comes_back_whole(model, tmp_path):
-    """All its tensors, experts too, which the Trainer's own way of loading would leave as they are."""
+def test_all_tensors_of_the_best_checkpoint_are_restored(model, tmp_path):
+    """Experts too, which the Trainer's own way of loading would skip."""
     trainer = make_trainer(
         copy.deepcopy(model), tmp_path, max_steps=1, learning_rate=1e-2, save_strategy="steps", save_steps=1
     )
@@ -252,7 +252,7 @@ def test_the_best_checkpoint_comes_back_whole(model, tmp_path):
         assert torch.equal(tensor, trained[name]), name
 
 
-def test_queries_of_similar_length_are_put_together(model, tmp_path):
+def test_queries_of_similar_length_are_batched_together(model, tmp_path):
     rows = [{"query": "q", "documents": ["x" * n], "labels": [1]} for n in range(1, 101)]
     trainer = make_trainer(
         model, tmp_path, rows, train_sampling_strategy="group_by_length", per_device_train_batch_size=4
@@ -268,7 +268,7 @@ def test_queries_of_similar_length_are_put_together(model, tmp_path):
     assert list(sampler) != first
 
 
-def test_tables_are_sorted_by_length_too(model, tmp_path):
+def test_tables_are_batched_by_length_too(model, tmp_path):
     datasets = pytest.importorskip("datasets")
     args = make_args(tmp_path, train_sampling_strategy="group_by_length", max_steps=1)
     trainer = QueritTrainer(copy.deepcopy(model), args, train_dataset=datasets.Dataset.from_list(ROWS))
@@ -299,15 +299,15 @@ def test_a_resumed_run_logs_the_same_losses(model, tmp_path):
 @pytest.mark.parametrize("losses", [["ranknet"], ["pairwise_hinge", "pointwise_bce"]], ids="+".join)
 def test_the_loss_of_a_validation_is_a_mean_over_the_collection(model, tmp_path, losses):
     rows = [*UNEVEN, {"query": "alike", "documents": ["a", "b"], "labels": [1, 1]}]
-    found = []
+    losses_by_batch_size = []
     for batch_size in (1, 3, len(rows)):
         trainer = make_trainer(model, tmp_path, rows, losses=losses, per_device_eval_batch_size=batch_size)
-        found.append(trainer.evaluate(RankingDataset(rows))["eval_loss"])
+        losses_by_batch_size.append(trainer.evaluate(RankingDataset(rows))["eval_loss"])
     with torch.no_grad():
         whole = trainer.compute_loss(model, trainer.data_collator(rows)).item()
-    assert found == pytest.approx([whole] * 3, abs=1e-5)
+    assert losses_by_batch_size == pytest.approx([whole] * 3, abs=1e-5)
 
 
-def test_a_checkpoint_that_is_gone_is_named(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint .*checkpoint-7: it was moved"):
-        make_trainer(copy.deepcopy(model), tmp_path)._load_from_checkpoint(str(tmp_path / "checkpoint-7"))
+def test_a_missing_checkpoint_is_named(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No such checkpoint: .*checkpoint-7"):
+        make_trainer(copy.deepcopy(model), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))

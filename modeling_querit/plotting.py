@@ -1,0 +1,27 @@
+"""Plots without a display, by matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_plot(width: float, height: float) -> Figure:
+    """Make an empty figure of a width and height in inches; no backend with a window is loaded."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_plot(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, atomically."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -1,0 +1,1 @@
+"""Serving a reranker, over HTTP and in vLLM."""

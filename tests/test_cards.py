@@ -1,0 +1,147 @@
+"""Cards of merged and converted models: metadata for the Hub, and no local paths."""
+
+import ast
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from modeling_querit.cards import merged_card, seq_cls_card
+from modeling_querit.merging.recipe import Recipe
+
+TAGS = ["reranker", "cross-encoder", "sentence-transformers", "querit"]
+
+
+def recipe(*models, **settings):
+    """The fields of a recipe in merge.json."""
+    return Recipe(models, **settings).public()
+
+
+def merged(*models, **settings):
+    return ModelCard(merged_card("mixture", recipe(*models, **settings)))
+
+
+def exported(source, bias=0.25):
+    return ModelCard(seq_cls_card("export", "Qwen3ForSequenceClassification", source, bias))
+
+
+CARDS = {
+    "slerp": lambda: merged("mini", "somebody/reranker"),
+    "linear": lambda: merged("a", "b", "c", method="linear", weights=["1,2,1"]),
+    "task arithmetic": lambda: merged("a", "b", method="task_arithmetic", base="some/base", scale=0.5),
+    "export": lambda: exported("somebody/reranker"),
+    "export of a folder": lambda: exported("."),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_cards_have_the_front_matter_of_a_reranker(name):
+    data = CARDS[name]().data
+    assert data.pipeline_tag == "text-ranking"
+    assert data.library_name == "transformers"
+    assert data.tags == (TAGS if name.startswith("export") else [*TAGS, "merge"])
+    # The licence is that of the parents.
+    assert data.license is None
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_cards_have_a_title_and_code_that_parses(name):
+    card = CARDS[name]()
+    title = "export" if name.startswith("export") else "mixture"
+    assert card.text.lstrip().startswith(f"# {title}\n")
+    assert "arxiv.org/abs/2606.19037" in card.text
+    assert f'CrossEncoder("{title}"' in card.text
+    assert not re.search(r"\{\w+\}", card.text)
+    for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
+        ast.parse(block)
+
+
+def test_only_merged_models_need_remote_code():
+    assert "trust_remote_code" not in exported("mini").text
+    assert 'CrossEncoder("mixture", trust_remote_code=True)' in merged("a", "b").text
+
+
+# Base models
+
+
+def test_repositories_are_base_models():
+    assert exported("somebody/reranker").data.base_model == "somebody/reranker"
+    data = merged("somebody/one", "other.one/two_2").data
+    assert data.base_model == ["somebody/one", "other.one/two_2"]
+    assert data.base_model_relation == "merge"
+
+
+def test_the_base_of_task_vectors_is_a_base_model():
+    card = merged("some/one", "some/two", method="task_arithmetic", base="some/base")
+    assert card.data.base_model == ["some/base", "some/one", "some/two"]
+    assert "with the task vectors taken from `some/base`" in card.text
+
+
+@pytest.mark.parametrize(
+    "name", ["mini", "nameless", "../reranker", "a/b/c", "some--body/x", "-a/b", "/absolute", "x/"]
+)
+def test_other_names_are_not_base_models(name):
+    assert exported(name).data.base_model is None
+    data = merged(name, "somebody/reranker").data
+    assert data.base_model == ["somebody/reranker"]
+    assert merged(name, "mini").data.base_model is None
+    assert "base_model" not in merged(name, "mini").data.to_dict()
+
+
+def test_a_folder_named_like_a_repository_is_not_a_base_model(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert exported("runs/mine").data.base_model is None
+    assert merged("runs/mine", "mini").data.base_model is None
+    monkeypatch.chdir("/")
+    assert exported("runs/mine").data.base_model == "runs/mine"
+
+
+@pytest.mark.parametrize("ending", ["", "/", "/.", "/../mine"])
+def test_folders_are_named_without_their_paths(tmp_path, ending):
+    folder = tmp_path / "secret" / "mine"
+    folder.mkdir(parents=True)
+    source = f"{folder}{ending}"
+    for card in (
+        exported(source),
+        merged(source, "some/one"),
+        merged("a", "b", method="task_arithmetic", base=source),
+    ):
+        assert "`mine`" in card.text
+        for path in (str(tmp_path), "secret"):
+            assert path not in str(card)
+
+
+def test_the_working_directory_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert "`mine`, a Querit reranker" in exported(".").text
+    assert "- `mine`\n" in merged(".", "some/one").text
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"t": ["0.4"]}, "(slerp, t 0.4)"),
+        ({}, "(slerp)"),
+        ({"t": ["0.5", "mlp=0:1"]}, "(slerp, t 0.5 mlp=0:1)"),
+        ({"method": "linear", "weights": ["1,2"]}, "(linear, weights 1,2)"),
+        ({"method": "task_arithmetic", "base": "x", "scale": 0.7}, "(task_arithmetic, scale 0.7)"),
+        ({"method": "task_arithmetic", "base": "x"}, "(task_arithmetic, scale 1.0)"),
+    ],
+)
+def test_the_card_states_how_models_were_merged(settings, expected):
+    text = merged("one", "two", **settings).text
+    assert f"merged by `querit merge` {expected} from\n\n- `one`\n- `two`\n" in text
+
+
+@pytest.mark.parametrize(("bias", "text"), [(0.25, "0.25"), (-1 / 3, "-0.333333"), (0.0, "0"), (1e-9, "1e-09")])
+def test_the_card_states_the_bias(bias, text):
+    assert f"The logit has a bias, {text}. vLLM adds it" in exported("mini", bias).text
+
+
+def test_the_card_states_the_class():
+    assert "as `Qwen3ForSequenceClassification` with one\nlabel" in exported("mini").text

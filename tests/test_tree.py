@@ -1,0 +1,141 @@
+"""The tree: tests mirror the package, rooms import what docs/architecture.md allows, and what ships is listed."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "modeling_querit"
+TESTS = ROOT / "tests"
+# Tests of what is not a module of the package.
+BESIDE_THE_PACKAGE = {"docs", "hub_server", "private_names", "skips", "tree"}
+# Modules without behaviour of their own, or whose behaviour is that of those that use them.
+WITHOUT_TESTS = {"release/fresh_process"}
+
+
+def module_names():
+    """Modules of the package and of the benchmarks, such as `training/losses`."""
+    modules = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")}
+    return modules | {f"benchmarks/{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")}
+
+
+def files_of_tests():
+    return sorted(path for path in TESTS.rglob("test_*.py") if "fixtures" not in path.parts)
+
+
+def module_of(path, modules):
+    """The module a test file is about: `test_MODULE.py` or `test_MODULE_ASPECT.py` in the folder of its room."""
+    room = path.parent.relative_to(TESTS).as_posix()
+    name = path.stem.removeprefix("test_")
+    if room == "." and name in BESIDE_THE_PACKAGE:
+        return name
+    while name:
+        module = name if room == "." else f"{room}/{name}"
+        if module in modules:
+            return module
+        name = name.rpartition("_")[0]
+    return None
+
+
+def test_every_test_file_is_named_after_a_module():
+    modules = module_names()
+    strays = [str(path.relative_to(ROOT)) for path in files_of_tests() if module_of(path, modules) is None]
+    assert not strays, f"name these tests/ROOM/test_MODULE[_ASPECT].py after a module that exists: {strays}"
+
+
+def test_every_module_with_behaviour_has_a_test_file():
+    modules = module_names()
+    tested = {module_of(path, modules) for path in files_of_tests()}
+    untested = {
+        module
+        for module in modules - tested - WITHOUT_TESTS
+        if module.rpartition("/")[2] not in ("__init__", "__main__") and not module.startswith("benchmarks/")
+    }
+    assert not untested, f"these modules have no tests/ROOM/test_MODULE.py: {sorted(untested)}"
+
+
+def test_exceptions_are_not_left_behind():
+    assert module_names() >= WITHOUT_TESTS
+    assert {path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py")} >= BESIDE_THE_PACKAGE
+
+
+def room_of(parts):
+    """`training` for `training.losses`; `ground floor` for files that travel with a checkpoint; else `top level`."""
+    if len(parts) > 1 or (PACKAGE / parts[0]).is_dir():
+        return parts[0]
+    return "ground floor" if parts[0].endswith("_querit") else "top level"
+
+
+def imports_between_rooms():
+    """(room, imported room) -> files with such an import, at any depth of a function."""
+    edges = {}
+    for path in PACKAGE.rglob("*.py"):
+        here = path.relative_to(PACKAGE).with_suffix("").parts
+        # The command line and the package's front door put everything together.
+        if here in {("__init__",), ("__main__",), ("cli",)}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = here[: len(here) - node.level]
+                names = [node.module] if node.module else [name.name for name in node.names]
+                for name in names:
+                    target = (*base, *name.split("."))
+                    if room_of(here) != room_of(target):
+                        edges.setdefault((room_of(here), room_of(target)), set()).add(path.name)
+    return edges
+
+
+def allowed_imports():
+    """The table "What each room may import" of docs/architecture.md: room -> rooms it may import."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = re.search(r"\| room \| .*?\n((?:\|.*\n)+)", text)[1]
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.splitlines()[1:]]
+    return {row[0].strip("`/"): {cell.strip(" `/") for cell in row[-1].split(",")} - {"", "nothing"} for row in rows}
+
+
+def test_rooms_import_only_what_the_architecture_page_allows():
+    allowed = allowed_imports()
+    forbidden = {
+        f"{room} imports {target} in {', '.join(sorted(files))}"
+        for (room, target), files in imports_between_rooms().items()
+        if target not in allowed[room]
+    }
+    assert not forbidden, f"{sorted(forbidden)}: docs/architecture.md does not allow it"
+
+
+def test_the_architecture_page_allows_nothing_that_is_not_used():
+    used = {}
+    for room, target in imports_between_rooms():
+        used.setdefault(room, set()).add(target)
+    allowed = allowed_imports()
+    assert allowed.keys() == {room_of(module.split("/")) for module in module_names() if "benchmarks" not in module}
+    assert {
+        room: rooms - used.get(room, set()) for room, rooms in allowed.items() if rooms - used.get(room, set())
+    } == {}
+
+
+def test_imports_between_rooms_run_one_way():
+    order = list(allowed_imports())
+    upwards = {(room, target) for room, target in imports_between_rooms() if order.index(target) >= order.index(room)}
+    assert not upwards, "each row of the table in docs/architecture.md may import rows above it only"
+
+
+def test_the_version_stands_in_one_place():
+    import modeling_querit
+
+    command = [sys.executable, "setup.py", "--version"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed.split()[-1] == modeling_querit.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert modeling_querit.__version__.partition(".dev")[0] in changelog or "[Unreleased]" in changelog
+
+
+@pytest.mark.parametrize("name", ["py.typed", "checkpoints/mini/adapter_config.json"])
+def test_files_beside_the_code_are_packaged(name, tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "lib" / "modeling_querit" / name).is_file()
