@@ -55,6 +55,7 @@ def test_public_names_are_listed_and_lazy():
         modeling_querit.QueritModel  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_package_is_imported_without_torch_and_transformers(saved_folders):
     statements = ["import modeling_querit", "dir(modeling_querit)", "modeling_querit.__version__"]
     assert load_after(saved_folders("qwen3"), *statements)["imported"] == []

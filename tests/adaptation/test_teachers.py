@@ -400,6 +400,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(json_values | st.fixed_dictionaries({"results": st.lists(json_values, min_size=2, max_size=2)}))
 def test_any_answer_gives_each_pair_a_score_or_none(served, answer):
     served["answer"] = lambda payload: json.dumps(answer)

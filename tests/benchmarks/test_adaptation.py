@@ -7,6 +7,7 @@ from small_adaptations import make_values, write_collection
 from benchmarks import adaptation
 
 
+@pytest.mark.slow
 def test_adaptation_and_its_ablations_are_measured(saved_folders, tmp_path, monkeypatch, capsys):
     write_collection(tmp_path / "collection")
     values = make_values(tmp_path, saved_folders("qwen3"))

@@ -3,6 +3,7 @@ import pytest
 from benchmarks import contest
 
 
+@pytest.mark.slow
 def test_mteb_is_scaled_to_all_pairs(subject, task):
     pytest.importorskip("mteb")
     rows = contest.compare(subject, task, ["mteb"], 1, mteb_documents=1, with_ablations=False)

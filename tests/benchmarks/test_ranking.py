@@ -4,6 +4,7 @@ from benchmark_results import check_results
 from benchmarks import ranking
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["tiny_moe", "tiny_dense"])
 def test_ranking_is_timed_against_peers_and_ablations(shape, parent, tmp_path):
     pytest.importorskip("sentence_transformers")

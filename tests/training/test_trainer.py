@@ -56,6 +56,7 @@ def test_training_lowers_the_loss(model, tmp_path):
 LOSS_NAMES = ["pairwise_hinge", "margin_mse", "listwise_kl", "ranknet", "pointwise_bce"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
 def test_accumulation_changes_no_gradient(model, tmp_path, accumulation):
     """Lists of different lengths: a mean of the batches' means would be another loss."""
@@ -78,6 +79,7 @@ def test_packing_changes_no_gradient(model, tmp_path, settings):
     assert any(gradient.abs().max() > 1e-4 for gradient in packed.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_packing_changes_no_gradient_of_other_backbones(name, processor, tmp_path):
     backbone = make_model(name, processor, **({"sliding_window": 16} if name == "gemma3_text" else {}))
