@@ -6,7 +6,7 @@ import pytest
 
 # Why a test may be skipped even where all extras are installed: a pattern of the reason -> when it applies.
 ALLOWED_SKIPS = {
-    r"QUERIT_VLLM names no Python that has vLLM": "vLLM needs an environment of its own",
+    r"QUERIT_VLLM is not set to a Python that has vLLM": "vLLM needs an environment of its own",
     r"the experts of \w+ do not go through the registry in this version of transformers": "older transformers",
     r"could not import 'transformers\.models\.": "older transformers lacks the architecture",
     r"other layouts are transformers' own there": "machines with a GPU",
