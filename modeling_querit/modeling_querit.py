@@ -50,7 +50,7 @@ class QueritOutput(ModelOutput):
         score: Relevance score p1 - p0 in [-1, 1], as published, float32, (batch, 1).
         hidden_states: Hidden states of the backbone's layers, if asked for.
         attentions: Attention weights of the backbone's layers, if asked for.
-        carried: Keys and values that the next pack continues; only after a pack with a `carry_over`.
+        carried: Prefix KV cache for the next pack; only after a pack with a `carry_over`.
     """
 
     loss: torch.Tensor | None = None
@@ -245,10 +245,11 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             inputs_embeds: Embeddings in place of `input_ids`, (batch, sequence, hidden).
             labels: Relevance labels for the hinge loss, (batch,), hard or continuous; need `query_ids`.
             query_ids: Index of the query that each pair belongs to, (batch,).
-            pack: Layout of pairs in one row without padding, from `plan_packs`; the batch is then that of its pairs.
+            pack: Pairs in one sequence without padding, from `plan_packs`; the batch is then that of its pairs.
                 `input_ids` and `position_ids`, (1, tokens), may be left out, and nothing else describes the inputs.
-            carried: The field `carried` of the output for the pack before, if the pack has a `carried_length`.
-            prune_last_layer: Whether the last layer skips the rows of a pack that are not scored.
+            carried: Prefix KV cache, the field `carried` of the output for the previous pack; required if
+                `pack.carried_length` > 0.
+            prune_last_layer: Whether the last layer skips the positions of a pack that are not scored.
             mixed_precision: Whether to compute in the dtypes that are fastest on this processor, and int8 weights by
                 `Int8Arithmetic`; differs from the model's own dtype by rounding.
             return_dict: Whether to return a `QueritOutput`, as by default, or a tuple.
@@ -447,7 +448,9 @@ def _pack_inputs(
     tensors = {name: ids for name, ids in (("input_ids", input_ids), ("position_ids", position_ids)) if ids is not None}
     for name, ids in tensors.items():
         if ids.shape != (1, len(pack)):
-            raise ValueError(f"{name} has shape {tuple(ids.shape)}, but the pack has {len(pack)} tokens in one row.")
+            raise ValueError(
+                f"{name} has shape {tuple(ids.shape)}, but the pack has {len(pack)} tokens: give (1, tokens)."
+            )
     return tensors if len(tensors) == 2 else pack.to_tensors(device) | tensors
 
 

@@ -2,7 +2,7 @@
 
 A decoder of transformers hands the keyword arguments of its forward pass through its layers to the attention function
 that its config names. So a packed forward pass is one keyword, `packed_forward=PackedForward(...)`, which
-`accept_packed_forward` teaches that function to take. It reaches layers that gradient checkpointing repeats, too.
+`accept_packed_forward` teaches that function to take. It also reaches layers that gradient checkpointing recomputes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SIMILAR_LENGTH = 0.8
 # build none of their own; `attend` does not look at it.
 PLACEHOLDER_MASK_SHAPE = (1, 1, 0, 0)
 
-# Keys and values of a prefix, (1, heads, tokens, head size) each, by attention module.
+# Prefix KV cache: keys and values of a shared prefix, (1, heads, tokens, head size) each, by attention module.
 KeyValueStates = dict[nn.Module, tuple[Tensor, Tensor]]
 
 
@@ -45,13 +45,13 @@ class PackedForward:
 
     Args:
         pack: The pack.
-        carried: Keys and values that the forward pass of the pack before has kept in `carry_over`.
+        carried: Prefix KV cache of the previous pack, from the `carry_over` of its forward pass.
         implementation: Name of the attention implementation that the model is set to.
-        pruned_layer: Index of the layer in which only the scored rows are computed; None computes all rows everywhere.
+        pruned_layer: Index of the layer in which only scored positions are computed; None computes all everywhere.
         is_causal: Whether tokens attend to no later ones, as the backbone's config says.
 
     Attributes:
-        carry_over: Keys and values that the next pack reuses.
+        carry_over: Prefix KV cache for the next pack.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class PackedForward:
         self._cache: dict[tuple[Any, ...], Any] = {}
 
     def finish(self, num_layers: int) -> None:
-        """End the forward pass; from here on, layers are repeated only by a backward pass.
+        """End the forward pass; from here on, layers are recomputed only by a backward pass.
 
         Raises:
             PackingError: if fewer than `num_layers` modules asked for this attention.
@@ -89,9 +89,9 @@ class PackedForward:
             self._cache[key] = function(*args)
         return self._cache[key]
 
-    def scored_rows(self, device: torch.device) -> Tensor:
-        """Rows of the pack that are scored, (pairs,)."""
-        return self.cached(_to_tensor, tuple(self.pack.scored_rows), device)
+    def scored_positions(self, device: torch.device) -> Tensor:
+        """Return the positions of the pack that are scored, (pairs,)."""
+        return self.cached(_to_tensor, tuple(self.pack.scored_positions), device)
 
     def attend(
         self,
@@ -103,7 +103,7 @@ class PackedForward:
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Attention within each segment, in place of the implementation that the model is set to.
+        """Attend within each segment, in place of the implementation that the model is set to.
 
         Args:
             module: The attention module.
@@ -125,7 +125,7 @@ class PackedForward:
             self.attention_modules.add(module)
         key, value = self._with_carried(module, key, value)
         if self.pruned_layer is not None and getattr(module, "layer_idx", None) == self.pruned_layer:
-            return _attend_scored_rows(self, query, key, value, scaling, sliding_window), None
+            return _attend_scored_positions(self, query, key, value, scaling, sliding_window), None
         if "flash" in self.implementation:
             return _attend_flash(self, query, key, value, scaling, sliding_window), None
         if query.device.type == "cpu":
@@ -218,7 +218,7 @@ def _attend_by_segment(
         for chunk in queries.split(_QUERIES, 2):  # (1, heads, chunk, size)
             end = first + chunk.shape[2]
             attended = end if packed_forward.is_causal else keys.shape[2]
-            chunk_mask = None if mask is None else mask.rows(first, chunk.shape[2], attended)
+            chunk_mask = None if mask is None else mask.cut(first, chunk.shape[2], attended)
             outputs.append(_attend_chunk(chunk, keys[:, :, :attended], values[:, :, :attended], chunk_mask, scaling))
             first = end
     return torch.cat([output.transpose(1, 2) for output in outputs], 1)
@@ -253,7 +253,7 @@ class _RelativeMask(NamedTuple):
     mask: Tensor
     offset: int
 
-    def rows(self, first: int, queries: int, keys: int) -> Tensor:
+    def cut(self, first: int, queries: int, keys: int) -> Tensor:
         """(queries, keys) for queries at positions from `first` on and keys at positions from 0 on."""
         start = self.offset - first
         return self.mask[:queries, start : start + keys]
@@ -278,18 +278,18 @@ def _blocked(positions: Tensor, keys: Tensor, window: int | None, is_causal: boo
     return is_too_early | (keys > positions if is_causal else keys >= positions + window)
 
 
-# --- In the pruned layer: the scored rows alone ---------------------------------------------------------------------
+# --- In the pruned layer: the scored positions alone ----------------------------------------------------------------
 
 
-def _attend_scored_rows(
+def _attend_scored_positions(
     packed_forward: PackedForward, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
     """Attention of the last token of each pair, (1, tokens, heads, value size); zero elsewhere.
 
     The last token has none after it, so both kinds of attention are the same here.
     """
-    pack, rows = packed_forward.pack, packed_forward.scored_rows(query.device)
-    queries, outputs = iter(query[:, :, rows].split(1, 2)), []
+    pack, positions = packed_forward.pack, packed_forward.scored_positions(query.device)
+    queries, outputs = iter(query[:, :, positions].split(1, 2)), []
     attended = slice(-window, None) if window else slice(None)
     for segment, keys, values in zip(pack.segments, _by_segment(pack, key), _by_segment(pack, value), strict=True):
         if segment.is_scored:
@@ -302,7 +302,7 @@ def _attend_scored_rows(
             )
             outputs.append(output.transpose(1, 2))
     result = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-    return result.index_copy(1, rows, torch.cat(outputs, 1)) if outputs else result
+    return result.index_copy(1, positions, torch.cat(outputs, 1)) if outputs else result
 
 
 # --- On a GPU: segments of similar length together, since calls cost more there than a little padding ----------------
@@ -312,13 +312,13 @@ class _PaddedSegments(NamedTuple):
     """Segments of similar length, padded.
 
     Args:
-        rows: Row of each query in the pack, (segments, queries).
+        positions: Position of each query in the pack, (segments, queries).
         is_token: Whether a query is a token, not padding, (segments, queries).
         keys: Index of each key among the pack's keys, (segments, keys).
         may_attend: Which query attends to which key, (segments, 1, queries, keys).
     """
 
-    rows: Tensor
+    positions: Tensor
     is_token: Tensor
     keys: Tensor
     may_attend: Tensor
@@ -335,14 +335,14 @@ def _attend_by_length(
         _padded_batches, packed_forward.pack, window, packed_forward.is_causal, query.device
     ):
         attended = scaled_dot_product_attention(
-            query[batch.rows].transpose(1, 2),  # (segments, heads, queries, size)
+            query[batch.positions].transpose(1, 2),  # (segments, heads, queries, size)
             key[batch.keys].transpose(1, 2),
             value[batch.keys].transpose(1, 2),
             attn_mask=batch.may_attend,
             scale=scaling,
             enable_gqa=has_groups,
         )
-        output[batch.rows[batch.is_token]] = attended.transpose(1, 2)[batch.is_token]
+        output[batch.positions[batch.is_token]] = attended.transpose(1, 2)[batch.is_token]
     return output.unsqueeze(0)
 
 
@@ -361,18 +361,18 @@ def _pad(
 ) -> _PaddedSegments:
     lengths = torch.tensor([segment.length for segment in segments]).unsqueeze(1)  # (segments, 1), as the next three
     prefixes = torch.tensor([segment.prefix_length for segment in segments]).unsqueeze(1)
-    starts = torch.tensor([segment.rows.start for segment in segments]).unsqueeze(1)
+    starts = torch.tensor([segment.positions.start for segment in segments]).unsqueeze(1)
     prefix_starts = torch.tensor([segment.prefix.start for segment in segments]).unsqueeze(1)
     queries, keys = torch.arange(int(lengths.max())), torch.arange(int((prefixes + lengths).max()))
     is_token = queries < lengths
-    rows = torch.where(is_token, starts + queries, starts)
+    in_pack = torch.where(is_token, starts + queries, starts)
     own = (starts + carried_length + keys - prefixes).clamp(max=starts + carried_length + lengths - 1)
     key_indices = torch.where(keys < prefixes, prefix_starts + keys, own)
     # Padding attends to what the last token attends to, so that no row of a softmax is empty.
     positions = prefixes + torch.minimum(queries, lengths - 1)
     is_key = (keys < prefixes + lengths).unsqueeze(1)
     may_attend = is_key & ~_blocked(positions.unsqueeze(-1), keys, window, is_causal)
-    return _PaddedSegments(*(part.to(device) for part in (rows, is_token, key_indices, may_attend.unsqueeze(1))))
+    return _PaddedSegments(*(part.to(device) for part in (in_pack, is_token, key_indices, may_attend.unsqueeze(1))))
 
 
 # --- With flash attention: all segments in one call for variable lengths ----------------------------------------------
@@ -404,12 +404,12 @@ def _attend_flash(
 
 
 def _flash_layout(pack: Pack, device: torch.device) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
-    """Keys of all segments in one row, ends of each segment's queries and keys in it, and the largest count of both."""
+    """Indices of all segments' keys end to end, where each segment's queries and keys end, and the most of both."""
     keys: list[int] = []
     query_counts, key_counts = [0], [0]
     for segment in pack.segments:
         keys.extend(range(segment.prefix.start, segment.prefix.stop))
-        keys.extend(range(segment.rows.start + pack.carried_length, segment.rows.stop + pack.carried_length))
+        keys.extend(range(segment.positions.start + pack.carried_length, segment.positions.stop + pack.carried_length))
         query_counts.append(segment.length)
         key_counts.append(segment.prefix_length + segment.length)
     query_ends, key_ends = (

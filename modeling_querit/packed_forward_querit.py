@@ -1,4 +1,4 @@
-"""The forward pass of one pack through a backbone, with the last layer computed only for the rows that are scored."""
+"""The forward pass of one pack through a backbone, with the last layer computed only at scored positions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ _PER_TOKEN_PARTS = (
     "mlp",
     "post_feedforward_layernorm",
 )
-# The forward pass of this thread whose last layer is pruned: plain calls of the same modules must not be.
+# The packed forward pass active in this thread. The hooks check it so that ordinary calls to the same modules are left
+# alone.
 _PRUNED_FORWARD: ContextVar[PackedForward | None] = ContextVar("querit_pruned_forward", default=None)
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 if hasattr(os, "register_at_fork"):
@@ -49,7 +50,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def exclusive(backbone: nn.Module) -> threading.RLock:
-    """The lock of a backbone: packed forward passes and rankings change its hooks and its training mode for a while."""
+    """Return the lock of a backbone: packed forward passes and rankings change its hooks and its training mode."""
     return _LOCKS.setdefault(backbone, threading.RLock())
 
 
@@ -69,24 +70,24 @@ def run_packed(
         backbone: The backbone, as transformers has it.
         run_backbone: Function that calls the backbone with its keyword arguments.
         pack: The pack.
-        input_ids: (1, tokens).
-        position_ids: (1, tokens).
-        carried: Keys and values that the call for the pack before returned, if the pack has `carried_length`.
-        prune_last_layer: Whether the last layer computes nothing but keys and values for rows that are not scored.
+        input_ids: Token ids of the pack, (1, tokens).
+        position_ids: Position of each token within its pair, (1, tokens).
+        carried: Prefix KV cache returned by the call for the previous pack; required if `pack.carried_length` > 0.
+        prune_last_layer: Whether the last layer computes only keys and values at positions that are not scored.
 
     Returns:
-        Final hidden states of the scored rows, (pairs, hidden), in the order of `pack.pairs`; and the keys and values
-        of `pack.carry_over`.
+        Final hidden states at the scored positions, (pairs, hidden), in the order of `pack.pairs`; and the prefix KV
+        cache for the next pack (`pack.carry_over`).
 
     Raises:
         PackingError: if packs cannot express the backbone's attention.
         ValueError: if pairs of the pack share a prefix, but the backbone attends in both directions; or if the pack
-            continues another, but `carried` is missing.
+            continues the previous one, but `carried` is missing.
     """
     if not supports_packing(backbone):
         raise PackingError("layers other than plain attention")
     if pack.carried_length and not carried:
-        raise ValueError("The pack continues another: give the field carried of the output for that one as carried.")
+        raise ValueError("This pack continues the previous one: pass `carried=output.carried` from that call.")
     if pack.has_shared_prefix and not is_causal(backbone):
         raise ValueError(
             "The pack has a shared prefix, but the backbone attends in both directions, so the states of a prefix "
@@ -94,7 +95,7 @@ def run_packed(
         )
     implementation = backbone.config._attn_implementation
     accept_packed_forward(implementation)
-    prunes = prune_last_layer and not _repeats_last_layer(backbone)
+    prunes = prune_last_layer and not _recomputes_last_layer(backbone)
     pruned_layer = backbone.config.num_hidden_layers - 1 if prunes else None
     packed_forward = PackedForward(pack, carried or {}, implementation, pruned_layer, is_causal(backbone))
     with exclusive(backbone), _pruned_last_layer(backbone, packed_forward):
@@ -112,7 +113,7 @@ def run_packed(
     packed_forward.finish(backbone.config.num_hidden_layers)
     hidden_states: Tensor = outputs[0][0]  # (tokens, hidden), or (pairs, hidden) if pruned
     if len(hidden_states) != len(pack.pairs):
-        hidden_states = hidden_states[packed_forward.scored_rows(hidden_states.device)]
+        hidden_states = hidden_states[packed_forward.scored_positions(hidden_states.device)]
     return hidden_states, packed_forward.carry_over
 
 
@@ -130,21 +131,21 @@ def supports_packing(backbone: PreTrainedModel) -> bool:
     layer_types = set(getattr(backbone.config, "layer_types", None) or ["full_attention"])
     return (
         layer_types <= {"full_attention", "sliding_attention"}
-        and not rotates_by_length(backbone)
+        and not rope_depends_on_length(backbone)
         and getattr(backbone, "_supports_attention_backend", False)
         and not getattr(backbone, "_is_stateful", False)
     )
 
 
-def rotates_by_length(backbone: PreTrainedModel) -> bool:
-    """Whether its rotary embeddings depend on the longest text of a batch: then each text is a batch by itself."""
+def rope_depends_on_length(backbone: PreTrainedModel) -> bool:
+    """Whether rotary embeddings depend on the longest text of a batch: then each text is a batch by itself."""
     parameters = getattr(backbone.config, "rope_parameters", None) or {}
     # One dict for all layers, or one for each type of layer.
     candidates = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return any(candidate.get("rope_type") in ("dynamic", "longrope") for candidate in candidates)
 
 
-def can_pack(model: QueritForSequenceRanking) -> bool:
+def can_train_packed(model: QueritForSequenceRanking) -> bool:
     """Whether a model can be trained on packs; tried out with two tokens."""
     # Dropout is only asked for in training mode, which the model need not be in yet.
     if getattr(model.model.config, "attention_dropout", 0.0):
@@ -158,15 +159,15 @@ def can_pack(model: QueritForSequenceRanking) -> bool:
     return True
 
 
-def _repeats_last_layer(backbone: PreTrainedModel) -> bool:
-    """Whether a backward pass repeats the last layer, which then has to do what it did before: all rows."""
+def _recomputes_last_layer(backbone: PreTrainedModel) -> bool:
+    """Whether gradient checkpointing recomputes the last layer, which then has to compute all positions again."""
     layers = getattr(backbone, "layers", None)
     return bool(backbone.training and layers and getattr(layers[-1], "gradient_checkpointing", False))
 
 
 @contextmanager
 def _pruned_last_layer(backbone: PreTrainedModel, packed_forward: PackedForward) -> Iterator[None]:
-    """Cut the inputs of the last layer's per-token parts, and its output, down to the rows that are scored."""
+    """Cut the inputs of the last layer's per-token parts, and its output, down to the scored positions."""
     layers = getattr(backbone, "layers", None)
     if packed_forward.pruned_layer is None or not layers:
         yield
@@ -178,7 +179,7 @@ def _pruned_last_layer(backbone: PreTrainedModel, packed_forward: PackedForward)
     try:
         for part in filter(None, map(parts.get, _PER_TOKEN_PARTS)):
             handles.append(part.register_forward_pre_hook(hooks.select_input))
-            handles.append(part.register_forward_hook(hooks.restore_rows))
+            handles.append(part.register_forward_hook(hooks.restore_positions))
         handles.append(layers[-1].register_forward_hook(hooks.select_output))
         yield
     finally:
@@ -198,24 +199,24 @@ class _PruningHooks:
         if not self._is_active():
             return None
         states, *others = args
-        return states[:, self._rows(states)], *others
+        return states[:, self._positions(states)], *others
 
-    def restore_rows(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """(1, pairs, ...) -> (1, tokens, ...) for its output, zero in the rows that are not scored."""
+    def restore_positions(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """(1, pairs, ...) -> (1, tokens, ...) for its output, zero at positions that are not scored."""
         if not self._is_active():
             return None
         restored = output.new_zeros(1, len(self.packed_forward.pack), *output.shape[2:])
-        restored[:, self._rows(output)] = output
+        restored[:, self._positions(output)] = output
         return restored
 
     def select_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         """(1, tokens, hidden) -> (1, pairs, hidden) for the output of the layer; some return more than states."""
         if not self._is_active() or not isinstance(output, Tensor):
             return None
-        return output[:, self._rows(output)]
+        return output[:, self._positions(output)]
 
     def _is_active(self) -> bool:
         return _PRUNED_FORWARD.get() is self.packed_forward
 
-    def _rows(self, states: Tensor) -> Tensor:
-        return self.packed_forward.scored_rows(states.device)
+    def _positions(self, states: Tensor) -> Tensor:
+        return self.packed_forward.scored_positions(states.device)

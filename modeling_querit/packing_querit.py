@@ -1,4 +1,4 @@
-"""Packs: tokenized pairs in one row without padding, with the prefix that they share computed once."""
+"""Packs: tokenized pairs in one sequence without padding, with the prefix that they share computed once."""
 
 from __future__ import annotations
 
@@ -18,38 +18,39 @@ class Segment(NamedTuple):
     with attention in both directions, where nothing can be shared, to all tokens of the segment.
 
     Args:
-        rows: Rows of the segment in its pack.
-        prefix: Keys of the prefix that the segment continues, among the pack's keys: the carried ones come first, then
-            one for each row.
-        is_scored: Whether a pair ends here, so that the last row of the segment is scored.
+        positions: Positions of the segment's tokens in its pack.
+        prefix: Keys of the prefix that the segment continues, among the pack's keys: those of the prefix KV cache come
+            first, then one for each position.
+        is_scored: Whether a pair ends here, so that the last position of the segment is scored.
     """
 
-    rows: slice
+    positions: slice
     prefix: slice
     is_scored: bool
 
     @property
     def length(self) -> int:
-        """Number of tokens in the segment itself."""
-        return self.rows.stop - self.rows.start
+        """Return the number of tokens in the segment itself."""
+        return self.positions.stop - self.positions.start
 
     @property
     def prefix_length(self) -> int:
-        """Number of tokens in the prefix that it continues."""
+        """Return the number of tokens in the prefix that it continues."""
         return self.prefix.stop - self.prefix.start
 
 
 @dataclass(eq=False)
 class Pack:
-    """The tokens of one forward pass, in one row of shape (1, tokens).
+    """The tokens of one forward pass, in one sequence of shape (1, tokens).
 
     Args:
-        carried_length: Number of keys at the front that come from the pack before, as its `carry_over`.
-        input_ids: Token ids of the row.
+        carried_length: Number of keys at the front that come from the previous pack: the length of the prefix KV cache.
+        input_ids: Token ids of the pack.
         position_ids: Position of each token, counted from the start of its pair.
-        segments: Segments that the row consists of, in order.
+        segments: Segments that the pack consists of, in order.
         pairs: Indices of the pairs that the scored segments end, in order.
-        carry_over: Keys that the next pack reuses: the prefix of pairs that did not all fit into this one.
+        carry_over: Keys to keep as the prefix KV cache of the next pack: the prefix of pairs that did not all fit into
+            this one.
     """
 
     carried_length: int = 0
@@ -63,9 +64,9 @@ class Pack:
         return len(self.input_ids)
 
     @property
-    def scored_rows(self) -> list[int]:
-        """The last row of each pair, in the order of `pairs`."""
-        return [segment.rows.stop - 1 for segment in self.segments if segment.is_scored]
+    def scored_positions(self) -> list[int]:
+        """Return the last position of each pair, in the order of `pairs`."""
+        return [segment.positions.stop - 1 for segment in self.segments if segment.is_scored]
 
     @property
     def has_shared_prefix(self) -> bool:
@@ -73,9 +74,9 @@ class Pack:
         return self.carry_over.stop > 0 or any(segment.prefix_length for segment in self.segments)
 
     def add_prefix(self, ids: Sequence[int]) -> slice:
-        """Append a prefix that several pairs share; returns its keys."""
-        rows = self._add(ids, _EMPTY, is_scored=False)
-        return slice(rows.start + self.carried_length, rows.stop + self.carried_length)
+        """Append a prefix that several pairs share; return its keys."""
+        positions = self._add(ids, _EMPTY, is_scored=False)
+        return slice(positions.start + self.carried_length, positions.stop + self.carried_length)
 
     def add_pair(self, pair: int, ids: Sequence[int], prefix: slice) -> None:
         """Append the rest of a pair, behind the prefix with these keys."""
@@ -83,17 +84,17 @@ class Pack:
         self.pairs.append(pair)
 
     def to_tensors(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-        """`input_ids` and `position_ids` as models take them, (1, tokens) each."""
-        rows = {"input_ids": self.input_ids, "position_ids": self.position_ids}
-        return {name: torch.tensor([values], device=device) for name, values in rows.items()}
+        """Return `input_ids` and `position_ids` as models take them, (1, tokens) each."""
+        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        return {name: torch.tensor([values], device=device) for name, values in inputs.items()}
 
     def _add(self, ids: Sequence[int], prefix: slice, is_scored: bool) -> slice:
-        rows = slice(len(self), len(self) + len(ids))
-        segment = Segment(rows, prefix, is_scored)
+        positions = slice(len(self), len(self) + len(ids))
+        segment = Segment(positions, prefix, is_scored)
         self.input_ids.extend(ids)
         self.position_ids.extend(range(segment.prefix_length, segment.prefix_length + segment.length))
         self.segments.append(segment)
-        return rows
+        return positions
 
 
 def plan_packs(
@@ -109,7 +110,7 @@ def plan_packs(
             backbone with causal attention.
 
     Yields:
-        The packs in the order of `groups`; each continues where the one before ended.
+        The packs in the order of `groups`; each continues where the previous one ended.
 
     Example:
         ```python
@@ -137,11 +138,11 @@ def plan_packs(
 
 
 def common_prefix(input_ids: Sequence[Sequence[int]]) -> list[int]:
-    """The longest prefix of several sequences that leaves at least one token to each; empty for a single sequence."""
+    """Return the longest prefix of several sequences that leaves each at least one token; empty for a single one."""
     if len(input_ids) < 2:
         return []
     # All sequences sort between the smallest and the largest, so they share whatever prefix these two share.
     first, last = min(map(list, input_ids)), max(map(list, input_ids))
     longest = min(len(ids) for ids in input_ids) - 1
-    length = next((place for place in range(longest) if first[place] != last[place]), longest)
+    length = next((index for index in range(longest) if first[index] != last[index]), longest)
     return first[:length]

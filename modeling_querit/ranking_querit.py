@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .packed_attention_querit import KeyValueStates, PackingError
-from .packed_forward_querit import exclusive, is_causal, rotates_by_length, supports_packing
+from .packed_forward_querit import exclusive, is_causal, rope_depends_on_length, supports_packing
 from .packing_querit import plan_packs
 from .processing_querit import Document, EncodedPair, Pair
 
@@ -49,7 +49,7 @@ class Optimizations:
         packing: Whether pairs are packed, so that no padding is computed.
         share_prefix: Whether the prefix that the pairs of a query share is computed once. Needs `packing`, and a
             backbone with causal attention.
-        prune_last_layer: Whether the last layer computes nothing but keys and values for tokens that are not scored.
+        prune_last_layer: Whether the last layer computes only keys and values for tokens that are not scored.
             Needs `packing`.
         mixed_precision: Whether to compute in the dtypes that are fastest on this processor: hidden states in float32
             on CPUs without matrix units; with int8 weights, hidden states quantized once for all layers that read them.
@@ -62,8 +62,8 @@ class Optimizations:
 
 
 ALL = Optimizations()
-# Models whose attention turned out to be more than packs can express, and models with weights that float32 hidden
-# states meet in something other than a linear layer or a norm.
+# Models whose attention turned out to be more than packs can express, and models in which float32 hidden states reach a
+# lower-precision weight outside a linear or norm layer.
 _cannot_pack: WeakSet[torch.nn.Module] = WeakSet()
 _cannot_mix_precision: WeakSet[torch.nn.Module] = WeakSet()
 
@@ -76,7 +76,7 @@ def rank_documents(
     top_k: int | None = None,
     **kwargs: Any,
 ) -> list[RankedDocument]:
-    """Score and sort; see `QueritForSequenceRanking.rank`, whose arguments these are."""
+    """Score documents and sort them; see `QueritForSequenceRanking.rank`, whose arguments these are."""
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}: ask for at least one document, or leave it out for all.")
     if isinstance(documents, str | dict):
@@ -104,18 +104,20 @@ def score_stream(
 ) -> Iterator[tuple[Pair, float]]:
     """Yield each pair with its score, in order, while `pairs` is read: memory does not grow with its length.
 
+    The arguments after `pairs` are those of `QueritForSequenceRanking.predict`.
+
     Args:
         model: The reranker.
-        pairs: (query, document) pairs; the further arguments are those of `QueritForSequenceRanking.predict`.
+        pairs: (query, document) pairs.
         instruction: The task in one sentence, the same for all pairs.
         max_length: Maximum number of tokens in a pair.
         batch_tokens: Maximum number of tokens in a forward pass.
         show_progress_bar: Whether to show a progress bar.
         total: Number of pairs for the progress bar, if `pairs` has no length.
-        optimizations: What to do to save time.
+        optimizations: Enabled speed optimizations.
 
     Raises:
-        TypeError: if an argument or a pair is not what it should be.
+        TypeError: if the instruction is not a string or a pair is not a 2-tuple.
         ValueError: if `batch_tokens` is below 1, or a score is NaN or infinite.
     """
     if not isinstance(instruction, str | None):
@@ -134,7 +136,7 @@ def score_stream(
                 window = _Window(model, pairs_of_window, encoded, batch_tokens, optimizations)
                 scores = window.score(progress)
                 _check_finite(scores, index)
-                # What did not fit into memory once need not be tried again.
+                # A batch size that ran out of memory once is not tried again.
                 batch_tokens = window.batch_tokens
                 index += len(pairs_of_window)
                 yield from zip(pairs_of_window, scores.tolist(), strict=True)
@@ -153,9 +155,9 @@ def _progress_bar(pairs: Iterable[Pair], total: int | None, show: bool | None) -
 
 
 def default_batch_tokens(model: QueritForSequenceRanking) -> int:
-    """Number of tokens in a forward pass: 2,048 for a dense model on a CPU, whose caches hold them, 8,192 otherwise.
+    """Return the number of tokens in a forward pass by default.
 
-    Experts are fastest with many tokens each, and so is a GPU.
+    2,048 for a dense model on a CPU (fits in cache), otherwise 8,192: GPUs and MoE layers need large batches.
     """
     has_experts = getattr(model.config.get_text_config(), "num_experts_per_tok", None) is not None
     return 8192 if has_experts or model.device.type != "cpu" else 2048
@@ -164,7 +166,7 @@ def default_batch_tokens(model: QueritForSequenceRanking) -> int:
 def _windows(
     model: QueritForSequenceRanking, pairs: Iterable[Pair], instruction: str | None, max_length: int | None, tokens: int
 ) -> Iterator[tuple[list[Pair], list[EncodedPair]]]:
-    """Pairs and their token ids, in windows of about `tokens` tokens."""
+    """Yield pairs and their token ids, in windows of about `tokens` tokens."""
     checked_pairs = map(_checked, pairs, itertools.count())
     window: tuple[list[Pair], list[EncodedPair]] = [], []
     size = 0
@@ -196,7 +198,7 @@ class _Window:
         pairs: The (query, document) pairs.
         encoded: Token ids of each pair.
         batch_tokens: Maximum number of tokens in a forward pass; halved if memory runs out.
-        optimizations: What to do to save time.
+        optimizations: Enabled speed optimizations.
     """
 
     def __init__(
@@ -254,7 +256,7 @@ class _Window:
             yield pack.pairs, output.score
 
     def _groups(self) -> list[list[int]]:
-        """Pairs that are not done, by query, the longest first; queries of a single pair share the instruction."""
+        """Group pairs that are not done by query, the longest first; queries of a single pair share the instruction."""
         by_query: dict[str, list[int]] = {}
         for pair, query in enumerate(self.queries):
             if pair not in self.done:
@@ -265,9 +267,9 @@ class _Window:
 
     def _score_padded(self) -> Iterator[tuple[list[int], Tensor]]:
         remaining = [pair for pair in range(len(self.input_ids)) if pair not in self.done]
-        batch_tokens = 1 if rotates_by_length(self.model.model) else self.batch_tokens
+        batch_tokens = 1 if rope_depends_on_length(self.model.model) else self.batch_tokens
         for batch in plan_batches([len(self.input_ids[pair]) for pair in remaining], batch_tokens):
-            pairs = [remaining[place] for place in batch]
+            pairs = [remaining[index] for index in batch]
             inputs = self.model.processor.pad([self.input_ids[pair] for pair in pairs]).to(self.model.device)
             self.num_tokens, self.num_pairs = inputs["input_ids"].numel(), len(pairs)
             yield pairs, self.model(**inputs, mixed_precision=self._mixes_precision()).score
@@ -298,7 +300,8 @@ def _is_about_mixed_dtypes(error: Exception) -> bool:
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Yield indices of `lengths`, longest first, in batches of at most `batch_tokens` tokens with their padding.
 
-    The longest come first, so that a lack of memory shows at once. A single text over the budget is a batch by itself.
+    The longest come first, so that running out of memory shows up immediately. A single text over the budget is a batch
+    by itself.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     start = 0
@@ -334,6 +337,6 @@ def _check_finite(scores: Tensor, first: int) -> None:
         value = scores[bad[0]].item()
         kind = "NaN" if math.isnan(value) else "infinite"
         raise ValueError(
-            f"The score of document {first + bad[0]} is {kind} ({len(bad)} of {len(scores)} are): in float16 the "
-            "activations can overflow, load the model in bfloat16 or float32; otherwise its weights are damaged."
+            f"The score of document {first + bad[0]} is {kind} ({len(bad)} of {len(scores)} are): float16 activations "
+            "can overflow, so load the model in bfloat16 or float32. If that does not help, the weights are damaged."
         )

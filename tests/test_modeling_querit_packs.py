@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from modeling_querit.packed_attention_querit import PackingError
-from modeling_querit.packed_forward_querit import can_pack
+from modeling_querit.packed_forward_querit import can_train_packed
 from modeling_querit.packing_querit import plan_packs
 
 
@@ -140,12 +140,12 @@ def test_a_pack_without_the_states_it_continues_is_refused(model):
 
 
 def test_dropout_of_attention_is_not_ignored(fresh, pack):
-    assert can_pack(fresh)
+    assert can_train_packed(fresh)
     for module in fresh.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
     fresh.model.config.attention_dropout = 0.5
-    assert not can_pack(fresh)
+    assert not can_train_packed(fresh)
     fresh.eval()(pack=pack)
     with pytest.raises(PackingError, match="dropout"):
         fresh.train()(pack=pack)

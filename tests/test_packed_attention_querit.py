@@ -65,23 +65,23 @@ def softmax_attention(query, key, value, may_attend, scaling):
 
 
 def causal_mask(pack, window):
-    """(rows, keys): the keys of its pair up to itself, the last `window` of them."""
+    """(positions, keys): the keys of its pair up to itself, the last `window` of them."""
     mask = torch.zeros(len(pack), pack.carried_length + len(pack), dtype=torch.bool)
     for segment in pack.segments:
         keys = list(range(segment.prefix.start, segment.prefix.stop))
-        for row in range(segment.rows.start, segment.rows.stop):
-            keys.append(pack.carried_length + row)
-            mask[row, keys[-window:] if window else keys] = True
+        for position in range(segment.positions.start, segment.positions.stop):
+            keys.append(pack.carried_length + position)
+            mask[position, keys[-window:] if window else keys] = True
     return mask
 
 
 def bidirectional_mask(pack, window):
-    """(rows, keys): the keys of its pair, those fewer than `window` tokens away."""
+    """(positions, keys): the keys of its pair, those fewer than `window` tokens away."""
     mask = torch.zeros(len(pack), len(pack), dtype=torch.bool)
     for segment in pack.segments:
-        for row in range(segment.rows.start, segment.rows.stop):
-            for key in range(segment.rows.start, segment.rows.stop):
-                mask[row, key] = window is None or abs(row - key) < window
+        for position in range(segment.positions.start, segment.positions.stop):
+            for key in range(segment.positions.start, segment.positions.stop):
+                mask[position, key] = window is None or abs(position - key) < window
     return mask
 
 
@@ -122,12 +122,12 @@ def attend(monkeypatch):
         module, carried, expected_carried = nn.Module(), {}, None
         module.layer_idx, module.is_causal = 7, is_causal
         implementation = "flash_attention_2" if method == "flash" else "sdpa"
-        pruned_layer = 7 if method == "scored rows" else 3
+        pruned_layer = 7 if method == "scored positions" else 3
         for seed, pack in enumerate(packs):
             shapes = [(heads, SIZE), (heads // groups, SIZE), (heads // groups, value_size)]
             query, key, value = (
-                normal(1, count, len(pack), size, seed=3 * seed + place, dtype=dtype)
-                for place, (count, size) in enumerate(shapes)
+                normal(1, count, len(pack), size, seed=3 * seed + index, dtype=dtype)
+                for index, (count, size) in enumerate(shapes)
             )
             packed_forward = PackedForward(pack, carried, implementation, pruned_layer, is_causal)
             output, weights = packed_forward.attend(
@@ -159,42 +159,42 @@ def test_tokens_attend_within_their_pair(attend, method, layout, window):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("groups", [1, 4])
-def test_in_the_pruned_layer_only_scored_rows_attend(attend, layout, window, groups):
-    for pack, output, expected in attend(make_packs(layout), "scored rows", window=window, groups=groups):
-        torch.testing.assert_close(output[pack.scored_rows], expected[pack.scored_rows], rtol=0, atol=1e-12)
-        others = sorted(set(range(len(pack))) - set(pack.scored_rows))
+def test_in_the_pruned_layer_only_scored_positions_attend(attend, layout, window, groups):
+    for pack, output, expected in attend(make_packs(layout), "scored positions", window=window, groups=groups):
+        torch.testing.assert_close(output[pack.scored_positions], expected[pack.scored_positions], rtol=0, atol=1e-12)
+        others = sorted(set(range(len(pack))) - set(pack.scored_positions))
         assert not output[others].any()
 
 
-@pytest.mark.parametrize("method", [*METHODS, "scored rows"])
+@pytest.mark.parametrize("method", [*METHODS, "scored positions"])
 @pytest.mark.parametrize("layout", UNSHARED)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("value_size", [SIZE, 5])
 def test_tokens_attend_within_their_pair_in_both_directions(attend, method, layout, window, value_size):
     packs = make_packs(layout, UNSHARED)
     for pack, output, expected in attend(packs, method, is_causal=False, window=window, value_size=value_size):
-        rows = pack.scored_rows if method == "scored rows" else slice(None)
-        torch.testing.assert_close(output[rows], expected[rows], rtol=0, atol=1e-12)
+        positions = pack.scored_positions if method == "scored positions" else slice(None)
+        torch.testing.assert_close(output[positions], expected[positions], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", [*METHODS, "scored rows"])
+@pytest.mark.parametrize("method", [*METHODS, "scored positions"])
 @pytest.mark.parametrize("layout", ["prefixes", "carried from the middle", "long and carried"])
 @pytest.mark.parametrize(("heads", "groups", "value_size"), [(4, 2, SIZE), (4, 4, SIZE), (2, 1, 5), (6, 3, 5)])
 def test_grouped_heads_and_small_values(attend, method, layout, heads, groups, value_size):
     sizes = {"heads": heads, "groups": groups, "value_size": value_size}
     for pack, output, expected in attend(make_packs(layout), method, **sizes):
-        rows = pack.scored_rows if method == "scored rows" else slice(None)
-        torch.testing.assert_close(output[rows], expected[rows], rtol=0, atol=1e-12)
+        positions = pack.scored_positions if method == "scored positions" else slice(None)
+        torch.testing.assert_close(output[positions], expected[positions], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", [*METHODS, "scored rows"])
+@pytest.mark.parametrize("method", [*METHODS, "scored positions"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("value_size", [SIZE, 5])
 def test_dtypes(attend, method, dtype, tolerance, value_size):
     packs = make_packs("long and carried")
     for pack, output, expected in attend(packs, method, window=100, dtype=dtype, value_size=value_size):
-        rows = pack.scored_rows if method == "scored rows" else slice(None)
-        torch.testing.assert_close(output[rows].double(), expected[rows], rtol=0, atol=tolerance)
+        positions = pack.scored_positions if method == "scored positions" else slice(None)
+        torch.testing.assert_close(output[positions].double(), expected[positions], rtol=0, atol=tolerance)
 
 
 def test_what_is_carried_over_is_a_copy():
@@ -281,7 +281,7 @@ def test_layers_that_never_attend_are_noticed():
 
 
 def test_after_the_forward_pass_modules_may_attend_again():
-    """As layers do that a backward pass repeats; what is carried over is left alone."""
+    """As layers do that a backward pass recomputes; the prefix KV cache is left alone."""
     [pack, *_] = make_packs("carried")
     packed_forward, module = PackedForward(pack, {}, "sdpa"), nn.Module()
     states = normal(1, 2, len(pack), SIZE, seed=0)
@@ -289,8 +289,8 @@ def test_after_the_forward_pass_modules_may_attend_again():
     carried = packed_forward.carry_over[module]
     packed_forward.finish(num_layers=1)
     for _ in range(2):
-        repeated, _ = packed_forward.attend(module, states, states, states)
-        assert torch.equal(repeated, first)
+        recomputed, _ = packed_forward.attend(module, states, states, states)
+        assert torch.equal(recomputed, first)
     assert packed_forward.carry_over[module] is carried
 
 

@@ -116,7 +116,7 @@ def make_other(model_type, processor, **kwargs):
 
 
 @contextmanager
-def rows_through(module):
+def tokens_in(module):
     """Number of tokens that each call of a module computes; hooks that prune come after this one."""
     counts = []
     handle = module.register_forward_hook(lambda module, args, output: counts.append(args[0].shape[:-1].numel()))
@@ -128,7 +128,7 @@ def rows_through(module):
 
 def prefix_length(input_ids):
     """Number of tokens that several texts share at their start."""
-    return next(place for place, tokens in enumerate(zip(*input_ids, strict=False)) if len(set(tokens)) > 1)
+    return next(index for index, tokens in enumerate(zip(*input_ids, strict=False)) if len(set(tokens)) > 1)
 
 
 def hooks_of(model):
@@ -230,26 +230,27 @@ def test_each_token_is_computed_once_and_in_the_last_layer_only_scored_ones(
     of_scored = [last.mlp, last.post_attention_layernorm]
     of_scored += [getattr(last.self_attn, part) for part in [*queries, "o_proj"]]
     with ExitStack() as stack:
-        all_rows, scored_rows, [scored] = (
-            [stack.enter_context(rows_through(part)) for part in parts] for parts in (of_all, of_scored, [model.score])
+        all_positions, scored_positions, [scored] = (
+            [stack.enter_context(tokens_in(part)) for part in parts]
+            for parts in (of_all, of_scored, [model.score])
         )
         score(model, batch_tokens=batch_tokens, optimizations=optimizations)
     assert sum(scored) == len(PAIRS)
     if not optimizations.packing:
         # Padding.
-        assert all(sum(counts) > in_packs for counts in all_rows + scored_rows)
+        assert all(sum(counts) > in_packs for counts in all_positions + scored_positions)
         return
-    assert {sum(counts) for counts in all_rows} == {in_packs}
-    assert {sum(counts) for counts in scored_rows} == {len(PAIRS) if optimizations.prune_last_layer else in_packs}
-    assert all(count <= max(batch_tokens, tiny.MAX_LENGTH) for count in all_rows[0])
+    assert {sum(counts) for counts in all_positions} == {in_packs}
+    assert {sum(counts) for counts in scored_positions} == {len(PAIRS) if optimizations.prune_last_layer else in_packs}
+    assert all(count <= max(batch_tokens, tiny.MAX_LENGTH) for count in all_positions[0])
 
 
 def test_the_norm_sees_only_scored_tokens(fresh_model):
     model, _ = fresh_model("qwen3")
-    with rows_through(model.model.norm) as counts:
+    with tokens_in(model.model.norm) as counts:
         score(model)
     assert counts == [len(PAIRS)]
-    with rows_through(model.model.norm) as counts:
+    with tokens_in(model.model.norm) as counts:
         score(model, optimizations=Optimizations(prune_last_layer=False))
     assert counts[0] > len(PAIRS)
 
@@ -613,7 +614,7 @@ def test_backbones_with_layers_that_do_not_attend_by_the_interface_are_padded(fr
     forward = attention.forward
 
     def attend_plainly(hidden_states, packed_forward=None, attention_mask=None, **kwargs):
-        # As a layer would that computes attention by itself, over the whole row.
+        # As a layer would that computes attention by itself, over the whole pack.
         mask = None if packed_forward is not None else attention_mask
         return forward(hidden_states, attention_mask=mask, **kwargs)
 

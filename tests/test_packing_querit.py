@@ -28,20 +28,21 @@ def grouped(draw):
 
 
 def lay_out(packs):
-    """The (token, position)s of each pair that its scored row attends to."""
+    """The (token, position)s of each pair that its scored position attends to."""
     seen, carried = {}, []
     for number, pack in enumerate(packs):
         assert pack.carried_length == len(carried)
-        assert [row for segment in pack.segments for row in range(len(pack))[segment.rows]] == list(range(len(pack)))
+        positions = list(range(len(pack)))
+        assert [position for segment in pack.segments for position in positions[segment.positions]] == positions
         assert len(pack.input_ids) == len(pack.position_ids) == len(pack)
         # Of which segment a key is: states of a prefix are right only if they were computed as one.
-        owners = [(number, place) for place, segment in enumerate(pack.segments) for _ in range(segment.length)]
+        owners = [(number, index) for index, segment in enumerate(pack.segments) for _ in range(segment.length)]
         keys = carried + list(zip(pack.input_ids, pack.position_ids, owners, strict=True))
         pairs = iter(pack.pairs)
         for segment in pack.segments:
             prefix, own = (
                 keys[segment.prefix],
-                keys[segment.rows.start + len(carried) : segment.rows.stop + len(carried)],
+                keys[segment.positions.start + len(carried) : segment.positions.stop + len(carried)],
             )
             assert segment.length == len(own) > 0
             assert segment.prefix_length == len(prefix)
@@ -52,7 +53,7 @@ def lay_out(packs):
                 assert pair not in seen
                 seen[pair] = [(token, position) for token, position, _ in prefix + own]
         assert not list(pairs)
-        assert pack.scored_rows == [segment.rows.stop - 1 for segment in pack.segments if segment.is_scored]
+        assert pack.scored_positions == [segment.positions.stop - 1 for segment in pack.segments if segment.is_scored]
         carried = keys[pack.carry_over]
     assert not carried
     return seen
@@ -81,7 +82,7 @@ def test_packs_keep_to_the_budget_and_are_full(pairs, batch_tokens, share_prefix
         assert len(pack) <= batch_tokens or (len(pack.pairs) == 1 and len(prefixes(pack)) <= 1)
     for pack, following in pairwise(packs):
         # What comes first in a pack would not have fitted into the one before.
-        assert len(pack) + following.scored_rows[0] + 1 > batch_tokens
+        assert len(pack) + following.scored_positions[0] + 1 > batch_tokens
 
 
 @given(pairs=grouped(), batch_tokens=BUDGETS)
@@ -96,7 +97,7 @@ def test_a_prefix_is_computed_once_for_its_group(pairs, batch_tokens):
     input_ids, groups = pairs
     shared = [common_prefix([input_ids[pair] for pair in group]) for group in groups]
     packs = list(plan_packs(input_ids, groups, batch_tokens))
-    computed = [pack.input_ids[segment.rows] for pack in packs for segment in prefixes(pack)]
+    computed = [pack.input_ids[segment.positions] for pack in packs for segment in prefixes(pack)]
     assert computed == [ids for ids in shared if ids]
     saved = sum(len(ids) * (len(group) - 1) for ids, group in zip(shared, groups, strict=True))
     assert sum(map(len, packs)) == sum(map(len, input_ids)) - saved
@@ -144,7 +145,7 @@ def test_identical_pairs_share_all_but_the_last_token():
     [pack] = plan_packs([[1, 2, 3]] * 3, [[0, 1, 2]], 100)
     assert pack.input_ids == [1, 2, 3, 3, 3]
     assert pack.position_ids == [0, 1, 2, 2, 2]
-    assert pack.scored_rows == [2, 3, 4]
+    assert pack.scored_positions == [2, 3, 4]
 
 
 def test_a_group_of_one_has_no_prefix():
@@ -158,7 +159,7 @@ def test_a_prefix_is_carried_through_several_packs():
     packs = list(plan_packs(input_ids, [list(range(7))], 7))
     assert [pack.pairs for pack in packs] == [[0], [1, 2, 3], [4, 5, 6]]
     assert [pack.carried_length for pack in packs] == [0, 5, 5]
-    # The keys of the prefix are at the front, first as rows and then as what is carried.
+    # The keys of the prefix are at the front, first as positions of the pack and then as its prefix KV cache.
     assert [pack.carry_over for pack in packs] == [slice(0, 5), slice(0, 5), slice(0, 0)]
     assert all(segment.prefix == slice(0, 5) for pack in packs for segment in pack.segments if segment.is_scored)
     assert packs[1].position_ids == [5, 6, 5, 6, 5, 6]
@@ -180,4 +181,4 @@ def test_a_pair_over_the_budget_is_a_pack_by_itself():
 def test_nothing_to_plan():
     assert list(plan_packs([], [], 10)) == []
     assert len(Pack()) == 0
-    assert Pack().scored_rows == []
+    assert Pack().scored_positions == []

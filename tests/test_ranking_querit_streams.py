@@ -118,8 +118,8 @@ def test_many_queries_at_once(model, batch_tokens):
     alone = {query: model.predict(tiny.pairs(query=query)).tolist() for query in queries}
     pairs = [(query, document) for document in tiny.DOCUMENTS for query in queries] + [("only once", "x")]
     scores = model.predict(pairs, batch_tokens=batch_tokens).tolist()
-    for place, query in enumerate(queries):
-        assert scores[place :: len(queries)][: len(tiny.DOCUMENTS)] == pytest.approx(alone[query], abs=1e-5)
+    for index, query in enumerate(queries):
+        assert scores[index :: len(queries)][: len(tiny.DOCUMENTS)] == pytest.approx(alone[query], abs=1e-5)
     assert scores[-1] == pytest.approx(model.predict(pairs[-1:]).item(), abs=1e-5)
 
 
@@ -165,7 +165,7 @@ def test_out_of_memory_halves_the_batches(models, limit_memory, small_windows, e
     model, sizes, warnings = limit_memory(200, error)
     scored = score_stream(model, pairs, batch_tokens=1000, optimizations=Optimizations(packing=packing))
     assert [score for _, score in scored] == pytest.approx(expected, abs=1e-5)
-    failed = [place for place, tokens in enumerate(sizes) if tokens > 200]
+    failed = [index for index, tokens in enumerate(sizes) if tokens > 200]
     assert 1 <= len(failed) <= 5
     assert len(warnings) == len(failed)
     assert all("Out of memory" in warning for warning in warnings)

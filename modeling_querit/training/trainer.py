@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from ..evaluation.metrics import ranking_metrics
 from ..modeling_querit import QueritForSequenceRanking, QueritOutput
-from ..packed_forward_querit import can_pack, is_causal
+from ..packed_forward_querit import can_train_packed, is_causal
 from .arguments import VALIDATION_METRICS, QueritTrainingArguments
 from .callbacks import LogMetricsCallback
 from .collator import RankingCollator
@@ -77,7 +77,7 @@ class QueritTrainer(Trainer):
     def make_collator(model: torch.nn.Module, args: QueritTrainingArguments) -> RankingCollator:
         """A collator for a model, which packs where the model can."""
         base = _base_model(model)
-        packing = args.packing and can_pack(base)
+        packing = args.packing and can_train_packed(base)
         return RankingCollator(base.processor, args.max_length, packing=packing, share_prefix=is_causal(base.model))
 
     def _get_train_sampler(self, train_dataset: Dataset[Row] | None = None) -> Sampler[Any] | None:
