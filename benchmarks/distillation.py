@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = evaluate_scores(
         {"teacher": labels} | {name: scores[name] for name in students}, collection, held_out_candidates
     )
-    columns = {BM25_NAME: FIRST_STAGE, "teacher": "teacher", "best order": BEST_ORDER} | {
+    columns = {BM25_NAME: FIRST_STAGE, "teacher": "teacher", "oracle order": BEST_ORDER} | {
         name: name for name in students
     }
     metrics = {column: result.mean(system) for column, system in columns.items()}

@@ -2,7 +2,7 @@
 
 A query's candidates are those that the collection lists for it, or else BM25's best. Columns: a random order (its
 expected value), BM25's order, the reranker's, the sum of both scores (each scaled to [0, 1] within the query), and the
-best order that the candidates allow. With --int8, the reranker is measured in int8 as well.
+oracle order, the best that the candidates allow. With --int8, the reranker is measured in int8 as well.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {RERANKED_INT8: load_model(args.model, int8=True)} if args.int8 else {}
     )
     systems = {"random": RANDOM, "BM25": FIRST_STAGE, **{name: name for name in models}}
-    systems |= {"sum of both": fused(RERANKED), "best order": BEST_ORDER}
+    systems |= {"score fusion (sum)": fused(RERANKED), "oracle order": BEST_ORDER}
     table = Table("collection", "queries", "pairs", *systems, "pairs/s", title="nDCG@10 x 100")
     options = {"max_length": args.max_length, "show_progress_bar": False}
     rows = []

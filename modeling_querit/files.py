@@ -27,7 +27,7 @@ _DISK_FULL = "The disk is full"
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path to write to, which replaces `path` when the block ends without an error.
+    """Yield a temporary path to write to, which replaces `path` when the block ends without an error.
 
     Args:
         path: Path of the file; its folder is made if it does not exist.
@@ -97,7 +97,7 @@ def write_jsonl(rows: Iterable[Any], path: str | os.PathLike[str], default: Call
     """Write rows as JSONL, atomically.
 
     Args:
-        rows: Rows, one a line.
+        rows: Rows, one per line.
         path: Path of the file.
         default: Function that converts values that JSON does not have, as in `json.dumps`.
     """
@@ -108,13 +108,13 @@ def write_jsonl(rows: Iterable[Any], path: str | os.PathLike[str], default: Call
 def read_jsonl(
     path: str | os.PathLike[str], on_error: Callable[[ValueError, bytes], None] | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Read the values of a JSONL file, each with its place `"PATH, line N"`, for error messages.
+    """Read the values of a JSONL file, each with its location `"PATH, line N"`, for error messages.
 
     Blank lines are skipped; a byte order mark is not part of the first line; `.gz` files are decompressed.
 
     Args:
         path: Path of the file, in UTF-8.
-        on_error: Called with the error and the raw line instead of raising; reading then goes on.
+        on_error: Callback that gets the error and the raw line; without it, a bad line raises.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -127,19 +127,19 @@ def read_jsonl(
         [('documents.jsonl, line 1', {'text': 'red fox'})]
         ```
     """
-    for place, line in read_lines(path):
+    for location, line in read_lines(path):
         try:
-            value = parse_json(line, place)
+            value = parse_json(line, location)
         except ValueError as error:
             if on_error is None:
                 raise
             on_error(error, line)
         else:
-            yield place, value
+            yield location, value
 
 
 def read_lines(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Iterator[tuple[str, bytes]]:
-    """Read the lines of a file that are not blank, each with its place `"NAME, line N"`; as `read_jsonl` otherwise.
+    """Read the lines of a file that are not blank, each with its location `"NAME, line N"`; as `read_jsonl` otherwise.
 
     Args:
         file: Path of the file, or an open one.
@@ -168,12 +168,12 @@ def _numbered_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[str, byt
         raise ValueError(f"{name} is cut off after line {number}, or is not a gzip file: {error}") from None
 
 
-def decode_line(line: bytes, place: str) -> str:
+def decode_line(line: bytes, location: str) -> str:
     """Decode a line of UTF-8.
 
     Args:
         line: The line.
-        place: File and line number, for the error message.
+        location: File and line number, for the error message.
 
     Raises:
         ValueError: if the line is not UTF-8.
@@ -181,20 +181,20 @@ def decode_line(line: bytes, place: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: {error}; save it as UTF-8.") from None
+        raise ValueError(f"{location}: {error}; save it as UTF-8.") from None
 
 
-def parse_json(line: bytes, place: str) -> Any:
+def parse_json(line: bytes, location: str) -> Any:
     """Parse a line of JSON in UTF-8; arguments and errors as in `decode_line`."""
-    text = decode_line(line, place)
+    text = decode_line(line, location)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: {error}") from None
+        raise ValueError(f"{location}: {error}") from None
 
 
 def jsonl_sha256(rows: Iterable[Any], default: Callable[[Any], Any] | None = None) -> str:
-    """SHA-256, in hexadecimal, of the file that `write_jsonl` would write; arguments as there."""
+    """Return the SHA-256, in hexadecimal, of the file that `write_jsonl` would write; arguments as there."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(_json_line(row, default).encode("utf-8"))
@@ -206,7 +206,7 @@ def _json_line(row: Any, default: Callable[[Any], Any] | None) -> str:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -243,7 +243,7 @@ def check_destination(destination: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def atomic_folder(destination: Path) -> Iterator[Path]:
-    """A temporary folder to write to, which becomes `destination` when the block ends without an error.
+    """Yield a temporary folder to write to, which becomes `destination` when the block ends without an error.
 
     Temporary folders that killed processes left for the same destination are removed.
 
@@ -270,8 +270,8 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
 
 
 def scratch_folder(folder: Path) -> Path:
-    """Path for intermediate files of an `atomic_folder`, beside it; removed when that folder is complete."""
-    return folder.with_name(f"{folder.name}-parents")
+    """Return a path for intermediate files of an `atomic_folder`, beside it; removed when the block ends."""
+    return folder.with_name(f"{folder.name}-scratch")
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:

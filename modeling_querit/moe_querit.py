@@ -336,8 +336,8 @@ def _suits_grouped_mm(self: ExpertsModule) -> bool:
 def _converted(weights: Tensor, experts: list[int], dtype: torch.dtype, name: str) -> Tensor:
     """The weights of these experts, (experts, out, in), in another dtype."""
     buffer = _buffer(name, (len(experts), *weights.shape[1:]), dtype)
-    for place, expert in enumerate(experts):
-        buffer[place].copy_(weights[expert])
+    for index, expert in enumerate(experts):
+        buffer[index].copy_(weights[expert])
     return buffer
 
 

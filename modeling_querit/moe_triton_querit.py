@@ -181,9 +181,9 @@ def _swiglu(
     kind = activations.dtype.element_ty
     tl.store(activations + rows[:, None] * INNER + columns[None, :], (gate * tl.sigmoid(gate) * up).to(kind), mask=mask)
     if pre_activations is not None:
-        place = pre_activations + rows[:, None] * (2 * INNER) + columns[None, :]
-        tl.store(place, gate.to(kind), mask=mask)
-        tl.store(place + INNER, up.to(kind), mask=mask)
+        target = pre_activations + rows[:, None] * (2 * INNER) + columns[None, :]
+        tl.store(target, gate.to(kind), mask=mask)
+        tl.store(target + INNER, up.to(kind), mask=mask)
 
 
 @jit
@@ -209,12 +209,12 @@ def _swiglu_backward(
         part *= weight
         if grad_pre is not None:
             kind = grad_pre.dtype.element_ty
-            place = grad_pre + row * (2 * INNER) + columns
-            tl.store(place, (part * up * (sigmoid + silu * (1 - sigmoid))).to(kind), mask=mask)
-            tl.store(place + INNER, (part * silu).to(kind), mask=mask)
+            target = grad_pre + row * (2 * INNER) + columns
+            tl.store(target, (part * up * (sigmoid + silu * (1 - sigmoid))).to(kind), mask=mask)
+            tl.store(target + INNER, (part * silu).to(kind), mask=mask)
         if weighted is not None:
-            place = weighted + row * INNER + columns
-            tl.store(place, (weight * silu * up).to(weighted.dtype.element_ty), mask=mask)
+            target = weighted + row * INNER + columns
+            tl.store(target, (weight * silu * up).to(weighted.dtype.element_ty), mask=mask)
     if grad_weights is not None:
         tl.store(grad_weights + row, tl.sum(total, 0).to(grad_weights.dtype.element_ty))
 
@@ -241,8 +241,8 @@ def _matmul(
         total = tl.dot(block, weight, total, input_precision="ieee")
         left += BLOCK_K
         right += BLOCK_K * STRIDE_K
-    place = out + rows[:, None] * N + columns[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+    target = out + rows[:, None] * N + columns[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
 
 @jit
@@ -258,13 +258,13 @@ def _outer(
     end = tl.load(starts + expert + 1)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(tl.load(starts + expert), end, BLOCK_K):
-        places = first + tl.arange(0, BLOCK_K)
-        rows = tl.load(slots + places, mask=places < end, other=-1).to(tl.int64)[:, None]
+        indices = first + tl.arange(0, BLOCK_K)
+        rows = tl.load(slots + indices, mask=indices < end, other=-1).to(tl.int64)[:, None]
         left = tl.load(a + rows // A_CHOICES * M + ms[None, :], mask=(rows >= 0) & (ms < M)[None, :], other=0.0)
         right = tl.load(b + rows // B_CHOICES * N + ns[None, :], mask=(rows >= 0) & (ns < N)[None, :], other=0.0)
         total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
-    place = out + expert.to(tl.int64) * (M * N) + ms[:, None] * N + ns[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])
+    target = out + expert.to(tl.int64) * (M * N) + ms[:, None] * N + ns[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])
 
 
 @jit

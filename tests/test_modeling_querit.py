@@ -208,10 +208,10 @@ def test_a_mask_that_allows_later_tokens_is_applied(model, ids):
 
 
 @pytest.mark.parametrize("bias", [3.0, -3.0])
-@pytest.mark.parametrize("place", [(-1, 0), (-1, -1)], ids=["last to first", "last to itself"])
-def test_an_additive_mask_may_hold_biases(architecture, model, ids, reference, bias, place):
+@pytest.mark.parametrize("index", [(-1, 0), (-1, -1)], ids=["last to first", "last to itself"])
+def test_an_additive_mask_may_hold_biases(architecture, model, ids, reference, bias, index):
     mask = additive(causal(len(ids[0])))[None, None]
-    mask[(..., *place)] += bias
+    mask[(..., *index)] += bias
     with torch.inference_mode():
         last = model.model(torch.tensor([ids[0]]), attention_mask=mask).last_hidden_state[:, -1]
         expected = tiny.softmax_difference(model.score(last).numpy()).item()

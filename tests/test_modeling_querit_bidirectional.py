@@ -109,8 +109,8 @@ def test_padded_batches(bidirectional, token_ids, expected, side, form, attentio
     input_ids = torch.full((len(token_ids), width), 7)
     mask = torch.zeros(len(token_ids), width, dtype=torch.long)
     for row, ids in enumerate(token_ids):
-        place = slice(width - len(ids), None) if side == "left" else slice(0, len(ids))
-        input_ids[row, place], mask[row, place] = torch.tensor(ids), 1
+        columns = slice(width - len(ids), None) if side == "left" else slice(0, len(ids))
+        input_ids[row, columns], mask[row, columns] = torch.tensor(ids), 1
     if form != "2-D":
         mask = mask.bool()
         mask = mask[:, None, :, None] & mask[:, None, None, :]

@@ -427,14 +427,14 @@ def test_routing(routing, neighbours, threads):
     grouped = [expert for group in groups for expert in group.experts]
     assert sorted(grouped) == [expert for expert, count in enumerate(counts) if count]
     end = 0
-    for members, rows, place in groups:
+    for members, rows, block in groups:
         assert len(members) <= min(threads, moe_querit._MAX_GROUP)
         assert rows == max(counts[expert] for expert in members)
-        assert (place.start, place.stop) == (end, end + rows * len(members))
-        for start, expert in zip(range(end, place.stop, rows), members, strict=True):
+        assert (block.start, block.stop) == (end, end + rows * len(members))
+        for start, expert in zip(range(end, block.stop, rows), members, strict=True):
             # In the order of tokens, so that results do not depend on chance.
             assert slots[index == expert].tolist() == list(range(start, start + counts[expert]))
-        end = place.stop
+        end = block.stop
         if neighbours:
             assert members == list(range(members[0], members[-1] + 1))
         needed = sum(counts[expert] for expert in members)
@@ -483,9 +483,9 @@ def test_kernels_equal_the_loop(routing, joined):
 def test_kernels_compute_any_gradient_by_itself(joined):
     experts, layer = to_device(make_experts("qwen3_moe"), make_layer(ROUTINGS["an expert chosen twice"]))
     every = compute(experts, layer)
-    for place, name in enumerate(["hidden_states", "gate_up_proj", "down_proj", "weights"]):
+    for index, name in enumerate(["hidden_states", "gate_up_proj", "down_proj", "weights"]):
         assert torch.equal(compute(experts, layer, [name])[name], every[name])
-        assert joined[-2:] == [True, tuple(place == other for other in range(4))]
+        assert joined[-2:] == [True, tuple(index == other for other in range(4))]
     joined.clear()
     experts.requires_grad_(False)(*(tensor.detach() for tensor in layer))
     assert joined == [False]

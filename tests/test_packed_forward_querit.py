@@ -231,8 +231,7 @@ def test_each_token_is_computed_once_and_in_the_last_layer_only_scored_ones(
     of_scored += [getattr(last.self_attn, part) for part in [*queries, "o_proj"]]
     with ExitStack() as stack:
         all_positions, scored_positions, [scored] = (
-            [stack.enter_context(tokens_in(part)) for part in parts]
-            for parts in (of_all, of_scored, [model.score])
+            [stack.enter_context(tokens_in(part)) for part in parts] for parts in (of_all, of_scored, [model.score])
         )
         score(model, batch_tokens=batch_tokens, optimizations=optimizations)
     assert sum(scored) == len(PAIRS)

@@ -1,4 +1,4 @@
-"""The tree: tests mirror the package, rooms import what docs/architecture.md allows, and what ships is listed."""
+"""The tree: tests mirror the package, packages import what docs/architecture.md allows, and what ships is listed."""
 
 import ast
 import re
@@ -28,13 +28,13 @@ def files_of_tests():
 
 
 def module_of(path, modules):
-    """The module a test file is about: `test_MODULE.py` or `test_MODULE_ASPECT.py` in the folder of its room."""
-    room = path.parent.relative_to(TESTS).as_posix()
+    """The module a test file is about: `test_MODULE.py` or `test_MODULE_ASPECT.py` in the folder of its package."""
+    package = path.parent.relative_to(TESTS).as_posix()
     name = path.stem.removeprefix("test_")
-    if room == "." and name in BESIDE_THE_PACKAGE:
+    if package == "." and name in BESIDE_THE_PACKAGE:
         return name
     while name:
-        module = name if room == "." else f"{room}/{name}"
+        module = name if package == "." else f"{package}/{name}"
         if module in modules:
             return module
         name = name.rpartition("_")[0]
@@ -44,7 +44,7 @@ def module_of(path, modules):
 def test_every_test_file_is_named_after_a_module():
     modules = module_names()
     strays = [str(path.relative_to(ROOT)) for path in files_of_tests() if module_of(path, modules) is None]
-    assert not strays, f"name these tests/ROOM/test_MODULE[_ASPECT].py after a module that exists: {strays}"
+    assert not strays, f"name these tests/PACKAGE/test_MODULE[_ASPECT].py after a module that exists: {strays}"
 
 
 def test_every_module_with_behaviour_has_a_test_file():
@@ -55,7 +55,7 @@ def test_every_module_with_behaviour_has_a_test_file():
         for module in modules - tested - WITHOUT_TESTS
         if module.rpartition("/")[2] not in ("__init__", "__main__") and not module.startswith("benchmarks/")
     }
-    assert not untested, f"these modules have no tests/ROOM/test_MODULE.py: {sorted(untested)}"
+    assert not untested, f"these modules have no tests/PACKAGE/test_MODULE.py: {sorted(untested)}"
 
 
 def test_exceptions_are_not_left_behind():
@@ -63,19 +63,19 @@ def test_exceptions_are_not_left_behind():
     assert {path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py")} >= BESIDE_THE_PACKAGE
 
 
-def room_of(parts):
-    """`training` for `training.losses`; `ground floor` for files that travel with a checkpoint; else `top level`."""
+def package_of(parts):
+    """`training` for `training.losses`; `core` for files that travel with a checkpoint; else `top level`."""
     if len(parts) > 1 or (PACKAGE / parts[0]).is_dir():
         return parts[0]
-    return "ground floor" if parts[0].endswith("_querit") else "top level"
+    return "core" if parts[0].endswith("_querit") else "top level"
 
 
-def imports_between_rooms():
-    """(room, imported room) -> files with such an import, at any depth of a function."""
+def imports_between_packages():
+    """(package, imported package) -> files with such an import, at any depth of a function."""
     edges = {}
     for path in PACKAGE.rglob("*.py"):
         here = path.relative_to(PACKAGE).with_suffix("").parts
-        # The command line and the package's front door put everything together.
+        # The command line and the package's entry points put everything together.
         if here in {("__init__",), ("__main__",), ("cli",)}:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -84,44 +84,43 @@ def imports_between_rooms():
                 names = [node.module] if node.module else [name.name for name in node.names]
                 for name in names:
                     target = (*base, *name.split("."))
-                    if room_of(here) != room_of(target):
-                        edges.setdefault((room_of(here), room_of(target)), set()).add(path.name)
+                    if package_of(here) != package_of(target):
+                        edges.setdefault((package_of(here), package_of(target)), set()).add(path.name)
     return edges
 
 
 def allowed_imports():
-    """The table "What each room may import" of docs/architecture.md: room -> rooms it may import."""
+    """The table "What each package may import" of docs/architecture.md: package -> packages it may import."""
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    table = re.search(r"\| room \| .*?\n((?:\|.*\n)+)", text)[1]
+    table = re.search(r"\| package \| .*?\n((?:\|.*\n)+)", text)[1]
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.splitlines()[1:]]
     return {row[0].strip("`/"): {cell.strip(" `/") for cell in row[-1].split(",")} - {"", "nothing"} for row in rows}
 
 
-def test_rooms_import_only_what_the_architecture_page_allows():
+def test_packages_import_only_what_the_architecture_page_allows():
     allowed = allowed_imports()
     forbidden = {
-        f"{room} imports {target} in {', '.join(sorted(files))}"
-        for (room, target), files in imports_between_rooms().items()
-        if target not in allowed[room]
+        f"{package} imports {target} in {', '.join(sorted(files))}"
+        for (package, target), files in imports_between_packages().items()
+        if target not in allowed[package]
     }
     assert not forbidden, f"{sorted(forbidden)}: docs/architecture.md does not allow it"
 
 
 def test_the_architecture_page_allows_nothing_that_is_not_used():
     used = {}
-    for room, target in imports_between_rooms():
-        used.setdefault(room, set()).add(target)
+    for package, target in imports_between_packages():
+        used.setdefault(package, set()).add(target)
     allowed = allowed_imports()
-    assert allowed.keys() == {room_of(module.split("/")) for module in module_names() if "benchmarks" not in module}
-    assert {
-        room: rooms - used.get(room, set()) for room, rooms in allowed.items() if rooms - used.get(room, set())
-    } == {}
+    assert allowed.keys() == {package_of(module.split("/")) for module in module_names() if "benchmarks" not in module}
+    unused = {package: packages - used.get(package, set()) for package, packages in allowed.items()}
+    assert {package: packages for package, packages in unused.items() if packages} == {}
 
 
-def test_imports_between_rooms_run_one_way():
+def test_imports_between_packages_run_one_way():
     order = list(allowed_imports())
-    upwards = {(room, target) for room, target in imports_between_rooms() if order.index(target) >= order.index(room)}
-    assert not upwards, "each row of the table in docs/architecture.md may import rows above it only"
+    upwards = {edge for edge in imports_between_packages() if order.index(edge[1]) >= order.index(edge[0])}
+    assert not upwards, "docs/architecture.md: a package may import only those listed above it"
 
 
 def test_the_version_stands_in_one_place():

@@ -1,4 +1,4 @@
-"""Stage 3: first stages rank documents for each query, and candidates are drawn from the top to the tail.
+"""Stage 3: first stages rank documents per query, and candidates are drawn from the top to the tail.
 
 To add a first stage, write a class with the members of `FirstStage` here or in a file of its own, and list it in
 `FIRST_STAGES`; any name that is not listed is that of an encoder.
@@ -91,11 +91,11 @@ class EncoderFirstStage:
         self._index = DenseIndex(documents, encoder, settings.batch_size, settings.index, folder)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        """For each query its `k` best (document id, cosine), best first."""
+        """Return for each query its `k` best (document id, cosine), best first."""
         return self._index.search(queries, k)
 
     def scores(self, query: str, documents: Sequence[str]) -> list[float]:
-        """Cosines of a query with single documents, by id."""
+        """Return the cosines of a query with single documents, by id."""
         return self._index.scores(query, documents)
 
 
@@ -139,23 +139,23 @@ class FusedFirstStage:
     """Several first stages as one, by reciprocal rank fusion.
 
     Args:
-        stages: The first stages.
+        first_stages: The first stages.
     """
 
-    def __init__(self, stages: Sequence[Retriever]):
-        self.stages = stages
+    def __init__(self, first_stages: Sequence[Retriever]):
+        self.first_stages = first_stages
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        """For each query the `k` best (document id, fused score) among the first `k` of each stage."""
-        rankings = [stage.search(queries, k) for stage in self.stages]
+        """Return for each query the `k` best (document id, fused score) among the first `k` of each first stage."""
+        rankings = [first_stage.search(queries, k) for first_stage in self.first_stages]
         return [fuse(rankings_of_query, k) for rankings_of_query in zip(*rankings, strict=True)]
 
 
 def rank_queries(
     queries: Mapping[str, str],
     documents: Mapping[str, CorpusDocument],
-    stages: Sequence[Retriever],
-    runs: Sequence[str],
+    first_stages: Sequence[Retriever],
+    run_files: Sequence[str],
     k: int,
 ) -> Run:
     """Rank documents for queries by first stages and ready runs, fused by reciprocal rank.
@@ -163,15 +163,16 @@ def rank_queries(
     Args:
         queries: Texts by id.
         documents: Documents by id.
-        stages: First stages.
-        runs: Paths of TREC runs over these queries.
-        k: Number of documents ranked for each query.
+        first_stages: First stages.
+        run_files: Paths of TREC runs over these queries.
+        k: Number of documents ranked per query.
 
     Raises:
         ValueError: if a run names a document that is not in the collection, or none of the queries.
     """
-    rankings = [dict(zip(queries, stage.search(list(queries.values()), k), strict=True)) for stage in stages]
-    rankings += [_read_checked_run(path, queries, documents) for path in runs]
+    texts = list(queries.values())
+    rankings = [dict(zip(queries, first_stage.search(texts, k), strict=True)) for first_stage in first_stages]
+    rankings += [_read_checked_run(path, queries, documents) for path in run_files]
     return {query: fuse([ranking.get(query, [])[:k] for ranking in rankings], k) for query in queries}
 
 
@@ -201,7 +202,7 @@ class Candidates(TypedDict):
 
 
 def draw_candidates(
-    run: Run, sources: Mapping[str, str], documents: Sequence[str], bands: Bands, seed: int
+    run: Run, source_documents: Mapping[str, str], documents: Sequence[str], bands: Bands, seed: int
 ) -> Iterator[Candidates]:
     """Draw candidates of each query from the top, the middle and the tail of its ranking.
 
@@ -209,7 +210,7 @@ def draw_candidates(
 
     Args:
         run: Rankings by query id.
-        sources: Query id -> id of the document that the query was written for.
+        source_documents: Query id -> id of the document that the query was written for.
         documents: Ids of all documents; those that are not ranked make up the tail.
         bands: Number of documents from each band: at least one from the top, and two in all.
         seed: Seed of the draws; a draw depends on the seed and the query's id alone.
@@ -217,12 +218,12 @@ def draw_candidates(
     Yields:
         Candidates in the order of the ranking.
     """
-    # The source takes a place at the top.
+    # The source document takes one of the documents from the top.
     bands_of_others = replace(bands, top=bands.top - 1)
     for query, hits in run.items():
         rng = random.Random(f"{seed}/{query}")
         ranked = [document for document, _ in hits]
-        source = sources[query]
+        source = source_documents[query]
         tail = _sample_others(documents, {*ranked, source}, bands.size, rng)
         others = [document for document in ranked if document != source]
         chosen = {source, *bands_of_others.draw(others, tail, rng)}

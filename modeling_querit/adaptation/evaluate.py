@@ -1,4 +1,4 @@
-"""Measure a model before and after its adaptation: the only place of this room where relevance judgements are read."""
+"""Measure a model before and after its adaptation: the only module here that reads relevance judgements."""
 
 from __future__ import annotations
 

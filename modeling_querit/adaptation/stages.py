@@ -54,14 +54,14 @@ logger = logging.getLogger(__name__)
 CORPUS, SAMPLE = "data/corpus.jsonl", "data/sample.jsonl"
 QUERIES, DROPPED_QUERIES = "data/queries.jsonl", "data/dropped_queries.jsonl"
 RANKINGS, CANDIDATES, TRAIN_ROWS = "data/run.trec", "data/candidates.jsonl", "data/train.jsonl"
-# In the folder of training: fingerprint of the rows, settings and weights that it began with.
+# In the training folder: fingerprint of the rows, settings and weights that it began with.
 _FINGERPRINT_FILE = "fingerprint.txt"
 # Settings that a resumed training may change, but that change the learning rate schedule from its first step on.
 _SCHEDULE_SETTINGS = {"max_steps", "num_train_epochs"}
 
 
 class Context:
-    """What stages of one run work with: settings, folders, and what they read and load, once.
+    """Shared state of a run: settings, folders, and lazily loaded data and models.
 
     Args:
         settings: Settings of the run.
@@ -129,7 +129,7 @@ class Stage:
     runs_on_all_processes: ClassVar[bool] = False
 
     def depends_on(self, context: Context) -> Dependencies:
-        """All that the result depends on, beside the seed and `reads`."""
+        """Return all that the result depends on, besides the seed and `reads`."""
         return Dependencies(self.sections, context.settings.local_models(self.sections))
 
     def run(self, context: Context) -> Counts:
@@ -145,7 +145,7 @@ class CorpusStage(Stage):
     sections = ("corpus",)
 
     def depends_on(self, context: Context) -> Dependencies:
-        """The section, and the files of its sources."""
+        """Depends on the section and its source files."""
         sources = context.settings.corpus.source
         return Dependencies(self.sections, files=[file for source in sources for file in source_files(source)])
 
@@ -178,7 +178,7 @@ class QueryStage(Stage):
     sections = ("queries", "candidates")
 
     def depends_on(self, context: Context) -> Dependencies:
-        """The sections, their models, and the file of examples."""
+        """Depends on the sections, their models, and the file of examples."""
         examples = context.settings.queries.examples
         models = context.settings.local_models(self.sections)
         return Dependencies(self.sections, models, [examples] if examples else [])
@@ -221,19 +221,19 @@ class CandidateStage(Stage):
     sections = ("candidates",)
 
     def depends_on(self, context: Context) -> Dependencies:
-        """The section, its models, and its runs."""
+        """Depends on the section, its models, and its TREC runs."""
         models = context.settings.local_models(self.sections)
         return Dependencies(self.sections, models, [Path(path) for path in self._runs(context)])
 
     def run(self, context: Context) -> Counts:
-        """Rank, and draw."""
+        """Rank documents per query and sample candidates."""
         settings = context.settings.candidates
-        stages, runs = list(context.first_stages.values()), self._runs(context)
-        rankings = rank_queries(context.query_texts, context.documents, stages, runs, settings.depth)
+        first_stages, run_files = list(context.first_stages.values()), self._runs(context)
+        rankings = rank_queries(context.query_texts, context.documents, first_stages, run_files, settings.depth)
         write_run(rankings, context.folder / RANKINGS)
-        sources = {row["_id"]: row["metadata"]["document"] for row in context.query_rows}
+        source_documents = {row["_id"]: row["metadata"]["document"] for row in context.query_rows}
         bands, seed = settings.bands(), context.settings.seed
-        candidates = list(draw_candidates(rankings, sources, list(context.documents), bands, seed))
+        candidates = list(draw_candidates(rankings, source_documents, list(context.documents), bands, seed))
         write_jsonl(candidates, context.folder / CANDIDATES)
         return {"queries": len(candidates), "pairs": sum(len(candidate["documents"]) for candidate in candidates)}
 
@@ -248,7 +248,7 @@ class TeacherStage(Stage):
     name = "teachers"
     reads = (CORPUS, QUERIES, CANDIDATES)
     writes = (TRAIN_ROWS,)
-    # Candidates: first stages may be teachers. Queries: their share that is masked.
+    # Candidates: first stages may be teachers. Queries: `queries.masked` is the share of queries to mask.
     sections = ("teachers", "candidates", "queries")
     runs_on_all_processes = True
 
@@ -318,7 +318,7 @@ class ReportStage(Stage):
     )
 
     def depends_on(self, context: Context) -> Dependencies:
-        """The sections, their models, the trained model, the collections, and the counts of the other stages."""
+        """Depends on the sections, their models, the trained model, the collections, and the other stages' counts."""
         settings, folder = context.settings, context.folder / "train"
         files = [folder / TEACHERS_FILE, *sorted((folder / "model").glob("*.safetensors"))]
         files += [path for source in settings.evaluation for path in Source.parse(source).files()]
@@ -326,7 +326,7 @@ class ReportStage(Stage):
         return Dependencies(self.sections, settings.local_models(self.sections), files, (counts,))
 
     def run(self, context: Context) -> Counts:
-        """Measure, plot, write."""
+        """Measure the models, plot, and write the report."""
         records = context.manifest.stages
         # Training may have been run by hand.
         if missing := [stage.name for stage in STAGES[:-2] if stage.name not in records]:
@@ -378,7 +378,7 @@ def _set_aside_other_training(folder: Path, fingerprint: str) -> None:
 
 @contextmanager
 def _progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, where that is a terminal."""
+    """Show a progress bar on standard error, where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""Which model a name stands for: hashes for records, and names without paths for whoever reads them elsewhere."""
+"""Identify the model that a name stands for, by hashes of its files, or by repository and commit."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from .mini import BASE_NAME, BASE_PACKAGE, MINI_NAME, default_model_path
 Identity = Mapping[str, object] | Sequence[str | None]
 # Files that decide what a model computes.
 _HASHED_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.model", "vocab.txt", "merges.txt", "*.jinja")
-# `querit train` names all its results like this.
-_UNINFORMATIVE_NAMES = ("model", "adapter")
 
 
 def identity_of(name: str) -> Identity:
@@ -41,33 +39,3 @@ def identity_of(name: str) -> Identity:
         for pattern in _HASHED_FILES
         for path in sorted(folder.rglob(pattern))
     }
-
-
-def public_names(names: Sequence[str]) -> list[str]:
-    """Shorten the paths of folders to their ends, as far as they differ; the names of repositories stay as they are.
-
-    Args:
-        names: Names of folders and repositories.
-
-    Returns:
-        The names in the same order; an end of several parts begins with `./`.
-
-    Example:
-        ```python
-        >>> public_names(["/data/law", "/data/runs/tax/model", "me/reranker"])
-        ['law', './tax/model', 'me/reranker']
-        ```
-    """
-    folders = [Path(name).resolve() if Path(name).is_dir() else None for name in names]
-    return [
-        name if folder is None else _shortest_end(folder, {other for other in folders if other and other != folder})
-        for name, folder in zip(names, folders, strict=True)
-    ]
-
-
-def _shortest_end(folder: Path, others: set[Path]) -> str:
-    length = 2 if folder.name in _UNINFORMATIVE_NAMES else 1
-    while length < len(folder.parts) and any(other.parts[-length:] == folder.parts[-length:] for other in others):
-        length += 1
-    end = "/".join(part for part in folder.parts[-length:] if part != folder.anchor)
-    return end if length == 1 and end not in ("", MINI_NAME) else f"./{end}"

@@ -69,7 +69,7 @@ def _measure(qrels: Qrels, rankings: Rankings, measure: str) -> PerQuery:
 
 
 def expected_ndcg(qrels: Qrels, candidates: Rankings, k: int = 10) -> PerQuery:
-    """nDCG@k that a random order of the candidates has on average, exactly: each place holds the mean gain.
+    """nDCG@k that a random order of the candidates has on average, exactly: each rank holds the mean gain.
 
     Example:
         ```python

@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from ..cards import merged_card
 from ..checkpoints.checkpoint import Checkpoint, check_trained, has_untrained_head, open_base, open_checkpoint
-from ..checkpoints.identity import public_names
 from ..checkpoints.safetensors_io import (
     TensorSpec,
     cast,
@@ -83,7 +82,7 @@ def open_merger(recipe: Recipe, temporary: Path) -> Merger:
     except OSError as error:
         if not recipe.parents:
             raise
-        raise OSError(f"{error} A record has only the ends of paths: name the models as well.") from error
+        raise OSError(f"{error} merge.json does not store full paths: pass the model paths too.") from error
     merger = Merger(models, base)
     check_compatible(merger.parents)
     for model in models:
@@ -107,7 +106,7 @@ class Merger:
 
     @property
     def parents(self) -> list[Checkpoint]:
-        """The base, if there is one, and the models: the order of Gram matrices and factors."""
+        """Return the base, if there is one, and the models: the order of Gram matrices and factors."""
         return [*([self.base] if self.base else []), *self.models]
 
     def write(
@@ -136,7 +135,7 @@ class Merger:
         config.dtype = config.text_config.dtype = dtype
         config.save_pretrained(folder)
         write_code_files(first, folder)
-        # Pairs must not be longer than any of the models reads.
+        # Use the smallest max_length among the models.
         min(self.models, key=lambda model: model.max_length).write_tokenizer(folder)
 
     def _write_weights(
@@ -145,7 +144,7 @@ class Merger:
         """Write the merged weights; return the data type of the head."""
         tensors = self.models[0].tensors
         schedule = recipe.schedule(self.models[0].model.config.text_config.num_hidden_layers)
-        weights = {key: schedule.weights(key) for key in tensors}
+        coefficients = {key: schedule.coefficients(key) for key in tensors}
         specs = {key: TensorSpec(self._dtype_of(key, recipe), tensor.shape) for key, tensor in tensors.items()}
         hide = None if show_progress_bar is None else not show_progress_bar
         total = sum(spec.nbytes for spec in specs.values())
@@ -153,9 +152,9 @@ class Merger:
             threads(1) as background,
             tqdm(total=total, unit="B", unit_scale=True, desc="Merging", disable=hide, leave=False) as bar,
         ):
-            # Hashing takes about as long as merging.
+            # Hashing takes about as long as merging, so it runs beside the writing.
             hashing = [background.submit(self._hash, path) for parent in self.parents for path in parent.files]
-            chunks_of = partial(self._merged_chunks, recipe=recipe, weights=weights, specs=specs)
+            chunks_of = partial(self._merged_chunks, recipe=recipe, coefficients=coefficients, specs=specs)
             write_weights(folder, specs, chunks_of, max_shard_size, advance=bar.update)
             for job in hashing:
                 job.result()
@@ -177,13 +176,13 @@ class Merger:
         return wanted_dtype
 
     def _merged_chunks(
-        self, key: str, recipe: Recipe, weights: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec]
+        self, key: str, recipe: Recipe, coefficients: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec]
     ) -> Iterator[torch.Tensor]:
         slices = list(row_slices(specs[key].shape))
         # A tensor of one chunk is read once; a longer one twice, the second time from the page cache.
         chunk = self._read(key, slices[0]) if len(slices) == 1 else None
         gram, dtype = self._gram(key, chunk), specs[key].dtype
-        factors = METHODS[recipe.method].factors(gram, weights[key], recipe.scale)  # (parents,)
+        factors = METHODS[recipe.method].factors(gram, coefficients[key], recipe.scale)  # (parents,)
         # No element exceeds the norm of the whole tensor.
         if not (factors @ gram @ factors).clamp(min=0).sqrt() < torch.finfo(torch.bfloat16).max:
             raise ValueError(f"{key} would overflow in {dtype}: use smaller weights, or a smaller scale.")
@@ -220,7 +219,7 @@ class Merger:
         Raises:
             ValueError: if the recipe has a record with other hashes.
         """
-        names = public_names(recipe.parent_names)
+        names = recipe.public_parent_names
         recorded = recipe.parents or [{}] * len(names)
         provenance: list[dict[str, Any]] = []
         for name, parent, record in zip(names, self.parents, recorded, strict=True):

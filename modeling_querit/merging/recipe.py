@@ -7,10 +7,11 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.identity import public_names
+from ..checkpoints.mini import MINI_NAME
 from ..checkpoints.safetensors_io import parse_dtype
 from ..environment import environment
 from ..files import write_json
@@ -18,6 +19,8 @@ from .methods import METHODS
 from .schedule import Schedule
 
 RECORD_FILE = "merge.json"
+# `querit train` names all its results like this.
+_UNINFORMATIVE_NAMES = ("model", "adapter")
 
 
 @dataclass(frozen=True)
@@ -106,21 +109,56 @@ class Recipe:
 
     def public(self) -> dict[str, Any]:
         """Return the fields as JSON values that may be published: paths are cut to the ends that tell them apart."""
-        names = public_names(self.parent_names)
+        names = self.public_parent_names
         fields = asdict(self) | {"models": names[-len(self.models) :], "base": names[0] if self.base else None}
         del fields["parents"]
         return fields
 
     @property
     def parent_names(self) -> list[str]:
-        """Names of all parents: the base, if there is one, and the models."""
+        """Return the names of all parents: the base, if there is one, and the models."""
         return [str(name) for name in (*((self.base,) if self.base else ()), *self.models)]
 
+    @cached_property
+    def public_parent_names(self) -> list[str]:
+        """Return `parent_names` without local paths, as `public_names` shortens them."""
+        return public_names(self.parent_names)
+
     def schedule(self, layers: int) -> Schedule:
-        """Return the weights of the models in each tensor, for a model of this many layers."""
+        """Return the coefficients of the models in each tensor, for a model of this many layers."""
         if self.weights or len(self.models) > 2:
             return Schedule.from_weights(self.weights, len(self.models), layers)
         return Schedule.from_t(self.t, layers)
+
+
+def public_names(names: Sequence[str]) -> list[str]:
+    """Shorten the paths of folders to their ends, as far as they differ; the names of repositories stay as they are.
+
+    Args:
+        names: Names of folders and repositories.
+
+    Returns:
+        The names in the same order; an end of several parts begins with `./`.
+
+    Example:
+        ```python
+        >>> public_names(["/data/law", "/data/runs/tax/model", "me/reranker"])
+        ['law', './tax/model', 'me/reranker']
+        ```
+    """
+    folders = [Path(name).resolve() if Path(name).is_dir() else None for name in names]
+    return [
+        name if folder is None else _shortest_end(folder, {other for other in folders if other and other != folder})
+        for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def _shortest_end(folder: Path, others: set[Path]) -> str:
+    length = 2 if folder.name in _UNINFORMATIVE_NAMES else 1
+    while length < len(folder.parts) and any(other.parts[-length:] == folder.parts[-length:] for other in others):
+        length += 1
+    end = "/".join(part for part in folder.parts[-length:] if part != folder.anchor)
+    return end if length == 1 and end not in ("", MINI_NAME) else f"./{end}"
 
 
 def _pin_revisions(fields: Mapping[str, Any], parents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

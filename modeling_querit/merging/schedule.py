@@ -1,4 +1,4 @@
-"""Schedules of merges: the weight of each model in a tensor, by the tensor's layer and group."""
+"""Schedules of merges: the coefficient of each model in a tensor, by the tensor's layer and group."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def group_of(key: str) -> str | None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Weights of n models in each tensor.
+    """Coefficients of n models in each tensor.
 
     Args:
-        settings: Group -> a gradient for each model; None stands for all tensors without a group in the settings.
+        settings: Group -> one gradient per model; None stands for all tensors without a group in the settings.
         layers: Number of layers of the model.
 
     Example:
         ```python
         >>> schedule = Schedule.from_t(["0.5", "mlp=0:1"], layers=3)
-        >>> schedule.weights("model.layers.1.mlp.up_proj.weight").tolist()
+        >>> schedule.coefficients("model.layers.1.mlp.up_proj.weight").tolist()
         [0.5, 0.5]
-        >>> schedule.weights("model.layers.2.mlp.up_proj.weight").tolist()
+        >>> schedule.coefficients("model.layers.2.mlp.up_proj.weight").tolist()
         [0.0, 1.0]
         ```
     """
@@ -60,7 +60,7 @@ class Schedule:
         """Parse `t`, the position between two models: "0.5", "0:0.5:1" (first layer to last), "mlp=0.3", "mlp=0:1".
 
         Args:
-            texts: Settings, at most one a group.
+            texts: Settings, at most one per group.
             layers: Number of layers of the model.
 
         Raises:
@@ -79,7 +79,7 @@ class Schedule:
         """Parse weights of models, in their order: "1,2,1", "mlp=1,0:1,1". They are divided by their sum.
 
         Args:
-            texts: Settings, at most one a group.
+            texts: Settings, at most one per group.
             models: Number of models.
             layers: Number of layers of the model.
 
@@ -90,19 +90,19 @@ class Schedule:
         for group, text in _split_groups(texts):
             gradients = tuple(_parse_gradient(part) for part in text.split(","))
             if len(gradients) != models:
-                raise ValueError(f"weights are {text}: give {models} of them, one a model, separated by commas.")
+                raise ValueError(f"weights are {text}: give {models} of them, one per model, separated by commas.")
             if not all(0 <= weight < float("inf") for gradient in gradients for weight in gradient):
                 raise ValueError(f"weights are {text}: a weight must be finite and not negative.")
             settings[group] = gradients
         return cls(settings, layers)
 
-    def weights(self, key: str) -> torch.Tensor:
-        """Compute the weight of each model in a tensor.
+    def coefficients(self, key: str) -> torch.Tensor:
+        """Compute the coefficient of each model in a tensor.
 
         Tensors outside of the layers belong to the first layer (embeddings) or the last (final norm, head).
 
         Returns:
-            Weights, summing to 1, (models,), float64.
+            Coefficients, summing to 1, (models,), float64.
 
         Raises:
             ValueError: if all weights are 0.

@@ -54,11 +54,11 @@ class Collection:
         """
         folder = Path(folder)
         qrels: dict[str, dict[str, int]] = {}
-        for place, row in _read_tsv(folder / "qrels" / f"{split}.tsv"):
+        for location, row in _read_tsv(folder / "qrels" / f"{split}.tsv"):
             try:
                 qrels.setdefault(row[0], {})[row[1]] = int(row[2])
             except (IndexError, ValueError):
-                raise ValueError(f"{place}: a row is query id, document id and a whole number.") from None
+                raise ValueError(f"{location}: a row is query id, document id and a whole number.") from None
         documents = {
             str(row["_id"]): {"title": row.get("title") or "", "text": row["text"]}
             for row in _read_texts(folder / "corpus.jsonl")
@@ -151,15 +151,15 @@ def read_documents(source: str, is_jsonl: bool | None = None) -> list[str | dict
     if is_jsonl is None:
         is_jsonl = source.endswith(_JSONL) or lines[0][1].lstrip().startswith(b"{")
     if is_jsonl:
-        return [_checked_document(parse_json(line, place), place) for place, line in lines]
-    return [decode_line(line, place) for place, line in lines]
+        return [_checked_document(parse_json(line, location), location) for location, line in lines]
+    return [decode_line(line, location) for location, line in lines]
 
 
-def _checked_document(document: Any, place: str) -> str | dict[str, Any]:
+def _checked_document(document: Any, location: str) -> str | dict[str, Any]:
     if not isinstance(document.get("text") if isinstance(document, dict) else document, str):
-        raise ValueError(f"{place}: a document is a string or an object with a 'text'.")
+        raise ValueError(f"{location}: a document is a string or an object with a 'text'.")
     if isinstance(document, dict) and not isinstance(document.get("title"), str | None):
-        raise ValueError(f"{place}: the title is not a string.")
+        raise ValueError(f"{location}: the title is not a string.")
     return document
 
 
@@ -176,22 +176,22 @@ def _existing(path: Path) -> Path:
 
 def _read_texts(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a corpus or of queries: `_id`, `text` and perhaps a `title`."""
-    for place, row in read_jsonl(_existing(path)):
+    for location, row in read_jsonl(_existing(path)):
         missing = [key for key in ("_id", "text") if not isinstance(row, dict) or key not in row]
         if missing:
-            raise ValueError(f"{place}: no {missing[0]!r}.")
+            raise ValueError(f"{location}: no {missing[0]!r}.")
         for key in ("text", "title"):
             if not isinstance(row.get(key) or "", str) or (key == "text" and row[key] is None):
-                raise ValueError(f"{place}: the {key} is {row[key]!r}, not a string.")
+                raise ValueError(f"{location}: the {key} is {row[key]!r}, not a string.")
         yield row
 
 
 def _read_tsv(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Rows of a file of tab-separated columns, with their place, without the header."""
-    for number, (place, line) in enumerate(read_lines(_existing(path))):
-        row = decode_line(line, place).split("\t")
+    """Rows of a file of tab-separated columns, with their location, without the header."""
+    for number, (location, line) in enumerate(read_lines(_existing(path))):
+        row = decode_line(line, location).split("\t")
         if number == 0 and row[0] in _HEADERS:
             continue
         if len(row) < 2:
-            raise ValueError(f"{place}: expected columns separated by tabs, found {row[0]!r}.")
-        yield place, row
+            raise ValueError(f"{location}: expected columns separated by tabs, found {row[0]!r}.")
+        yield location, row

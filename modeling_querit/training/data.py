@@ -233,7 +233,7 @@ def checked_rows(located_rows: Iterable[tuple[str, Any]], rejects: Rejects | Non
     """The rows that pass `check_row`.
 
     Args:
-        located_rows: Pairs of the place of a row, for error messages, and the row.
+        located_rows: Pairs of the location of a row, for error messages, and the row.
         rejects: Where broken rows go.
 
     Raises:
@@ -291,7 +291,7 @@ def _read_parquet(path: Path, rejects: Rejects | None) -> Iterator[tuple[str, An
 
     try:
         with ParquetFile(path) as file:
-            slices = (batch.slice(place, 1) for batch in file.iter_batches() for place in range(len(batch)))
+            slices = (batch.slice(index, 1) for batch in file.iter_batches() for index in range(len(batch)))
             for number, table_slice in enumerate(slices, start=1):
                 where = f"{path}, row {number}"
                 try:

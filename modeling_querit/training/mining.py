@@ -72,7 +72,7 @@ def mine_rows(
 def validation_rows(
     collection: Collection, retriever: Retriever | None = None, depth: int = 20, limit: int | None = None, seed: int = 0
 ) -> list[Row]:
-    """Rows to validate on: each query with the candidates that an evaluation would rank, grades as labels.
+    """Return validation rows: each query with the candidates that an evaluation would rank, grades as labels.
 
     Args:
         collection: Collection to validate on; queries without a relevant document give no row.

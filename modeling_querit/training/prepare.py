@@ -1,4 +1,4 @@
-"""From sources to checked rows: files, tables and mined collections, checked against the settings and written down."""
+"""From sources to checked rows: files, tables and mined collections, checked against the settings and saved."""
 
 from __future__ import annotations
 
@@ -38,14 +38,17 @@ Value = TypeVar("Value")
 
 
 def prepare(settings: TrainingSettings, output_dir: Path) -> tuple[list[Row] | IterableDataset, Validation]:
-    """The rows to train on, a list or a stream, and the rows to validate on.
+    """Prepare training and validation rows.
 
-    The main process writes them down, before the other processes read them: `train.json` (settings, versions,
-    hashes), `train_rows.jsonl` and, if there are broken rows, `rejects.jsonl`.
+    The main process writes them, before the other processes read them: `train.json` (settings, versions, hashes),
+    `train_rows.jsonl` and, if there are broken rows, `rejects.jsonl`.
 
     Args:
         settings: Settings of the run.
         output_dir: Folder of the run, which all processes share.
+
+    Returns:
+        The training rows, a list or a stream, and the validation rows by the name of their source.
 
     Raises:
         ValueError: if there are no rows, a loss cannot learn from them, or the folder holds another run.
@@ -71,7 +74,7 @@ def prepare(settings: TrainingSettings, output_dir: Path) -> tuple[list[Row] | I
 
 
 def _read_prepared(settings: TrainingSettings, output_dir: Path) -> tuple[list[Row] | IterableDataset, Validation]:
-    """What the main process prepared, read by another one."""
+    """Read, in a worker process, the rows the main process prepared."""
     with Rejects(None) as rejects:
         validation = _read_validation(settings, rejects)
     if settings.data_args.streaming:
@@ -87,7 +90,7 @@ def _read_validation(settings: TrainingSettings, rejects: Rejects) -> Validation
     validation = validation_rows(settings.data_args, settings.training_args.seed, rejects)
     empty = [name for name, rows in validation.items() if not rows]
     if empty:
-        raise ValueError(f"There are no rows to validate on in {empty[0]}.")
+        raise ValueError(f"There are no validation rows in {empty[0]}.")
     metric = settings.training_args.metric_for_best_model
     if validation and metric is not None:
         check_metric(metric, validation)
@@ -107,7 +110,7 @@ def _warn_of(rejects: Rejects) -> None:
 
 
 def _files(args: DataArguments) -> list[Path]:
-    """Local files that the sources are read from."""
+    """List the local files that the sources are read from."""
     files: list[Path] = []
     for sources, default_split in ((args.train, _TRAIN_SPLIT), (args.validation, _VALIDATION_SPLIT)):
         for text in sources:
@@ -122,7 +125,7 @@ def _files(args: DataArguments) -> list[Path]:
 
 
 def training_rows(args: DataArguments, seed: int, rejects: Rejects) -> list[Row]:
-    """Rows of files and tables in their order, then rows mined from collections, evenly interleaved."""
+    """Read rows of files and tables in their order, then mine rows from collections, evenly interleaved."""
     rows: list[Row] = []
     mined: list[tuple[float, Row]] = []
     guard = _load_guard(args.guard)
@@ -150,7 +153,7 @@ def training_rows(args: DataArguments, seed: int, rejects: Rejects) -> list[Row]
 
 
 def validation_rows(args: DataArguments, seed: int, rejects: Rejects) -> Validation:
-    """Rows to validate on, by the name of the source: that of the folder, or of the file up to its first dot."""
+    """Read validation rows by the name of the source: that of the folder, or of the file up to its first dot."""
     validation: Validation = {}
     for source in args.validation:
         name = Source.parse(source).folder.name.partition(".")[0]
@@ -167,7 +170,7 @@ def validation_rows(args: DataArguments, seed: int, rejects: Rejects) -> Validat
 
 
 def _without_scores(row: Row) -> Row:
-    """A row to validate on: if it has labels, they count, whatever the scores of teachers are."""
+    """Return a validation row without scores if it has labels: labels take precedence over teacher scores."""
     if row.get("labels") is None:
         return row
     without = row.copy()
@@ -178,13 +181,13 @@ def _without_scores(row: Row) -> Row:
 def stream_rows(
     sources: Sequence[str], args: DataArguments | None, seed: int, rejects: Rejects | None = None
 ) -> Iterator[Row]:
-    """Rows of files and tables, one source after the other.
+    """Read rows of files and tables, one source after the other.
 
     Args:
         sources: Files of rows, and datasets on the Hub as `NAME:SPLIT`.
-        args: Settings that say whether documents are sampled, and by which bands; None: all documents stay.
+        args: Settings that say whether documents are sampled, and by which bands; None keeps all documents.
         seed: Seed of the samples.
-        rejects: Where broken rows go.
+        rejects: Collector of invalid rows.
     """
     for source in sources:
         if source.endswith(ROW_FILES):
@@ -199,20 +202,20 @@ def stream_rows(
 
 
 def sample_documents(row: Row, bands: Bands, rng: random.Random) -> Row:
-    """A row with a sample of its documents; those with a label above 0 all stay.
+    """Return a row with a sample of its documents; all documents with a label above 0 are kept.
 
     Args:
         row: Row whose documents are in the order of a first stage.
-        bands: How many documents are drawn from which ranks.
-        rng: Random numbers of the draw.
+        bands: Rank bands, with the number of documents to draw from each.
+        rng: Random generator for sampling.
     """
     labels = row.get("labels") or [0] * len(row["documents"])
-    relevant = [place for place, label in enumerate(labels) if label > 0]
-    others = [place for place, label in enumerate(labels) if label <= 0]
-    places = sorted([*relevant, *bands.draw(others, [], rng)])
+    relevant = [index for index, label in enumerate(labels) if label > 0]
+    others = [index for index, label in enumerate(labels) if label <= 0]
+    indices = sorted([*relevant, *bands.draw(others, [], rng)])
 
     def select(values: Sequence[Value]) -> list[Value]:
-        return [values[place] for place in places]
+        return [values[index] for index in indices]
 
     sample = row.copy()
     sample["documents"] = select(row["documents"])
@@ -240,7 +243,7 @@ def _load_guard(name: str | None) -> Reranker | None:
 
 
 def _rows_of_one_kind(rows: Iterable[Row], rejects: Rejects) -> Iterator[Row]:
-    """Rows with labels, or, if the first row has none, rows with scores; others are rejected."""
+    """Yield rows with labels, or, if the first row has none, rows with scores; reject the others."""
     kind = None
     for number, row in enumerate(rows, start=1):
         has_labels = row.get("labels") is not None
@@ -248,7 +251,10 @@ def _rows_of_one_kind(rows: Iterable[Row], rejects: Rejects) -> Iterator[Row]:
         if has_labels if kind == "labels" else has_scores(row):
             yield row
         else:
-            message = f"Row {number} of those to train on: no {kind!r}, which the first row has; a run learns from one."
+            message = (
+                f"Training row {number} has no {kind!r}, but the first row does: use labels or scores for all rows, "
+                "not both."
+            )
             rejects.add(ValueError(message), row)
 
 
@@ -271,7 +277,7 @@ def _stream(data_args: DataArguments, training_args: QueritTrainingArguments) ->
 
 
 def _endless_rows(args: DataArguments, seed: int, rejects_path: Path, losses: list[str]) -> Iterator[Row]:
-    """The rows again and again: a run that is resumed in a later pass skips rows of all passes before."""
+    """Repeat the rows without end: a run that is resumed in a later pass skips the rows of all earlier passes."""
     is_empty = True
     with Rejects(rejects_path) as rejects:
         for row in _rows_of_one_kind(stream_rows(args.train, args, seed, rejects), rejects):
@@ -303,11 +309,11 @@ def _check_rows(rows: list[Row], validation: Validation, settings: TrainingSetti
     if data_args.teacher_weights or data_args.calibration not in (None, "quantile"):
         raise ValueError("teacher_weights and calibration are for rows of scores, but the first row has labels.")
     if any(row.get("labels") is None for rows_of_source in validation.values() for row in rows_of_source):
-        raise ValueError("A run on labels is validated on labels, but there are validation rows with scores alone.")
+        raise ValueError("A run on labels is validated on labels, but some validation rows have only scores.")
 
 
 def check_labels(rows: Sequence[Row], losses: Sequence[str]) -> None:
-    """Check labels against the losses: outside their range, training ends in NaN or grows without bound.
+    """Check labels against the losses: out-of-range labels make training diverge.
 
     Raises:
         ValueError: if a loss needs labels in [0, 1], and some are not.
@@ -332,7 +338,7 @@ def check_differences(rows: Sequence[Row], losses: Sequence[str]) -> None:
         raise ValueError(f"No query has two different labels, so {', '.join(losses)} would learn nothing.")
     if count < len(rows):
         logger.warning(
-            "%d of %d queries have no two different labels: nothing is learnt from them.", len(rows) - count, len(rows)
+            "%d of %d queries have no two different labels: nothing is learned from them.", len(rows) - count, len(rows)
         )
 
 
@@ -351,7 +357,7 @@ def check_metric(metric: str, validation: Validation) -> None:
         validation: Rows by the name of the source.
 
     Raises:
-        ValueError: if there is no such source, or no row that a ranking metric could be computed of.
+        ValueError: if there is no such source, or no row for which a ranking metric can be computed.
     """
     metric = metric.removeprefix("eval_")
     sources_by_metric = {name: list(validation) for name in VALIDATION_METRICS}
@@ -362,4 +368,4 @@ def check_metric(metric: str, validation: Validation) -> None:
     rows = [row for source in sources_by_metric[metric] for row in validation[source]]
     has_relevant = any((labels := row.get("labels")) is None or max(labels) > 0 for row in rows)
     if not metric.endswith("loss") and not has_relevant:
-        raise ValueError(f"metric_for_best_model is {metric!r}, but no row to validate on has a label above 0.")
+        raise ValueError(f"metric_for_best_model is {metric!r}, but no validation row has a label above 0.")

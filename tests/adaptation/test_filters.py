@@ -163,7 +163,7 @@ def test_copied_share_is_that_of_the_longest_common_piece(tokens, title, text):
         tokens[start:end]
         for start in range(len(tokens))
         for end in range(start + 1, len(tokens) + 1)
-        if any(words[place : place + end - start] == tokens[start:end] for place in range(len(words)))
+        if any(words[index : index + end - start] == tokens[start:end] for index in range(len(words)))
     ]
     expected = max(map(len, pieces), default=0) / max(1, len(tokens))
     assert copied_share(tokens, {"title": " ".join(title), "text": " ".join(text)}) == expected

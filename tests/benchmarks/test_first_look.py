@@ -5,7 +5,7 @@ from small_adaptations import write_collection
 
 from benchmarks import first_look
 
-COLUMNS = ["random", "BM25", "BM25 + mini", "sum of both", "best order"]
+COLUMNS = ["random", "BM25", "BM25 + mini", "score fusion (sum)", "oracle order"]
 
 
 def test_a_reranker_is_measured_on_each_collection(saved_folders, tmp_path, capsys):
@@ -25,7 +25,7 @@ def test_a_reranker_is_measured_on_each_collection(saved_folders, tmp_path, caps
     ]
     for row in written["rows"]:
         assert (row["queries"], row["pairs"]) == (2, 6)
-        assert all(0 <= row[column] <= row["best order"] <= 1 for column in COLUMNS)
+        assert all(0 <= row[column] <= row["oracle order"] <= 1 for column in COLUMNS)
         assert row["pairs_per_second"] > 0
     assert written["settings"] == {"queries": 2, "depth": 3, "max_length": 40, "int8": False} | {
         "model": str(saved_folders("qwen3"))

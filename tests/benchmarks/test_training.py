@@ -45,7 +45,7 @@ def test_a_student_is_measured_beside_its_teachers(saved_folder, tmp_path):
     distillation.main(arguments)
     (row,) = json.loads((out / "distillation.json").read_text())["rows"]
     assert (row["taught"], row["held_out"]) == (3, 3)
-    assert 0 < row["teacher"] <= row["best order"]
+    assert 0 < row["teacher"] <= row["oracle order"]
     assert row["ratio"] == pytest.approx(row["student"] / row["teacher"])
     assert (out / "training.png").exists()
     # The student's rows have no relevance judgements.

@@ -12,7 +12,7 @@ from modeling_querit.evaluation.metrics import expected_mrr, expected_ndcg, mean
 
 def slow_ndcg(grades, ranking, k):
     def dcg(values):
-        return sum(value / math.log2(place + 2) for place, value in enumerate(values[:k]))
+        return sum(value / math.log2(index + 2) for index, value in enumerate(values[:k]))
 
     best = dcg(sorted(grades.values(), reverse=True))
     return dcg([grades.get(document, 0) for document in ranking]) / best
@@ -55,8 +55,8 @@ def test_mrr_equals_the_formula(data, k):
     documents = [f"d{number}" for number in range(data.draw(st.integers(1, 15)))]
     grades = data.draw(st.dictionaries(st.sampled_from(documents), st.integers(0, 3), min_size=1))
     ranking = data.draw(st.permutations(documents))
-    places = [place for place, document in enumerate(ranking[:k], start=1) if grades.get(document, 0) > 0]
-    expected = {} if max(grades.values()) == 0 else {"q": pytest.approx(1 / places[0] if places else 0.0)}
+    ranks = [rank for rank, document in enumerate(ranking[:k], start=1) if grades.get(document, 0) > 0]
+    expected = {} if max(grades.values()) == 0 else {"q": pytest.approx(1 / ranks[0] if ranks else 0.0)}
     assert mrr({"q": grades}, {"q": ranking}, k) == expected
 
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from tiny_checkpoints import assert_same, merged
 
-from modeling_querit.merging.recipe import Recipe
+from modeling_querit.merging.recipe import Recipe, public_names
 
 # Recipes
 
@@ -56,6 +56,51 @@ def test_numbers_instead_of_texts_are_read_or_refused_in_one_line(querit, pair, 
     (tmp_path / "recipe.json").write_text(json.dumps({"models": pair} | settings))
     code, _, err = querit("merge", "--recipe", tmp_path / "recipe.json", "-o", tmp_path / "new")
     assert (code, err.count("\n")) in [(0, 0), (2, 1)]
+
+
+# Public names
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Make folders by their names; their paths."""
+
+    def make(*names):
+        for name in names:
+            (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        return [str(tmp_path / name) for name in names]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["runs/law", "runs/medicine"], ["law", "medicine"]),
+        (["runs/law/model", "runs/medicine/model"], ["./law/model", "./medicine/model"]),
+        (["runs/law/adapter", "runs/medicine"], ["./law/adapter", "medicine"]),
+        (["a/runs/law", "b/runs/law", "c"], ["./a/runs/law", "./b/runs/law", "c"]),
+        (["runs/law", "runs/law"], ["law", "law"]),
+        (["runs/mini", "law"], ["./mini", "law"]),
+    ],
+)
+def test_folders_are_named_by_the_ends_of_their_paths(folders, names, expected):
+    assert public_names(folders(*names)) == expected
+
+
+def test_names_of_repositories_stay_as_they_are(folders):
+    assert public_names(["mini", "someone/law", *folders("law")]) == ["mini", "someone/law", "law"]
+
+
+def test_relative_paths_are_resolved(folders, monkeypatch):
+    (path,) = folders("runs/law")
+    monkeypatch.chdir(path)
+    assert public_names(["."]) == ["law"]
+    assert public_names(["../law"]) == ["law"]
+
+
+def test_the_root_has_a_name(folders):
+    assert public_names(["/"]) == ["./"]
 
 
 # The command

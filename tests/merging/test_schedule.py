@@ -53,11 +53,11 @@ EXPECTED_GROUPS = {
 
 
 def second(schedule, key):
-    """Weight of the second of two models."""
-    weights = schedule.weights(key)
-    assert weights.dtype == torch.float64
-    assert weights.sum().item() == pytest.approx(1, abs=1e-15)
-    return weights[1].item()
+    """Return the coefficient of the second of two models."""
+    coefficients = schedule.coefficients(key)
+    assert coefficients.dtype == torch.float64
+    assert coefficients.sum().item() == pytest.approx(1, abs=1e-15)
+    return coefficients[1].item()
 
 
 # Groups
@@ -138,7 +138,7 @@ def test_indices_of_experts_are_not_those_of_layers():
 )
 def test_weights_are_divided_by_their_sum(texts, expected):
     schedule = Schedule.from_weights(texts, models=3, layers=4)
-    assert schedule.weights(MLP.format(2)).tolist() == pytest.approx(expected, abs=1e-15)
+    assert schedule.coefficients(MLP.format(2)).tolist() == pytest.approx(expected, abs=1e-15)
 
 
 def test_each_weight_may_have_a_gradient():
@@ -165,17 +165,17 @@ def test_weights_sum_to_one_or_are_an_error(gradients, layers):
         weights = [np.interp(depth * (len(values) - 1), np.arange(len(values)), values) for values in gradients]
         if sum(weights) > 1e-9:
             expected = np.array(weights) / sum(weights)
-            np.testing.assert_allclose(schedule.weights(MLP.format(layer)).numpy(), expected, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(schedule.coefficients(MLP.format(layer)).numpy(), expected, rtol=0, atol=1e-6)
         elif sum(weights) == 0:
             with pytest.raises(ValueError, match=f"All weights of {MLP.format(layer)} are 0"):
-                schedule.weights(MLP.format(layer))
+                schedule.coefficients(MLP.format(layer))
 
 
 def test_all_weights_zero_names_the_tensor():
     schedule = Schedule.from_weights(["1,1", "mlp=1:0,1:0"], models=2, layers=3)
-    assert schedule.weights(MLP.format(1)).tolist() == [0.5, 0.5]
+    assert schedule.coefficients(MLP.format(1)).tolist() == [0.5, 0.5]
     with pytest.raises(ValueError, match=r"All weights of model\.layers\.2\.mlp\.up_proj\.weight are 0"):
-        schedule.weights(MLP.format(2))
+        schedule.coefficients(MLP.format(2))
 
 
 # Errors
@@ -210,7 +210,7 @@ def test_invalid_positions_are_refused(texts, message):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["1,2"], "weights are 1,2: give 3 of them, one a model, separated by commas"),
+        (["1,2"], "weights are 1,2: give 3 of them, one per model, separated by commas"),
         (["1,2,3,4"], "give 3 of them"),
         (["1"], "give 3 of them"),
         (["mlp=1,2"], "weights are 1,2: give 3 of them"),

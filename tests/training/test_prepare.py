@@ -95,8 +95,8 @@ def test_mined_rows_are_checked_too(run, tmp_path):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"scores": {"t": [1, 0]}}, "Row 2 of those to train on: no 'labels', which the first row has"),
-        ({"labels": None, "scores": {"t": [1, 0]}}, "Row 2 of those to train on: no 'labels'"),
+        ({"scores": {"t": [1, 0]}}, "Training row 2 has no 'labels', but the first row does"),
+        ({"labels": None, "scores": {"t": [1, 0]}}, "Training row 2 has no 'labels'"),
     ],
 )
 def test_rows_without_the_labels_of_the_first_row_are_rejected(run, tmp_path, second, message):
@@ -108,7 +108,7 @@ def test_rows_without_the_labels_of_the_first_row_are_rejected(run, tmp_path, se
 def test_rows_that_no_teacher_scored_are_rejected(run, tmp_path):
     rows, _ = run([ROW | {"scores": {"t": [1, 0]}}, ROW | {"labels": [1, 0], "scores": {"t": None}}])
     assert len(rows) == 1
-    assert "Row 2 of those to train on: no 'scores'" in rejected(tmp_path)[0]
+    assert "Training row 2 has no 'scores'" in rejected(tmp_path)[0]
 
 
 def test_validation_uses_labels_where_a_row_has_them(run, tmp_path):
@@ -122,12 +122,12 @@ def test_validation_uses_labels_where_a_row_has_them(run, tmp_path):
 def test_documents_of_rows_are_sampled_by_bands(run):
     row = {"query": "a", "documents": [f"d{n}" for n in range(20)], "labels": [0] * 10 + [1] + [0] * 9}
     (sample,), _ = run([row], sample_rows=True, top=2, top_depth=4, middle=1, depth=8)
-    places = [int(document[1:]) for document in sample["documents"]]
-    assert len(places) == 5
-    assert 10 in places
-    assert sample["labels"] == [int(place == 10) for place in places]
-    assert len([place for place in places if place < 4]) == 2
-    assert len([place for place in places if 4 <= place < 8]) == 1
+    indices = [int(document[1:]) for document in sample["documents"]]
+    assert len(indices) == 5
+    assert 10 in indices
+    assert sample["labels"] == [int(index == 10) for index in indices]
+    assert len([index for index in indices if index < 4]) == 2
+    assert len([index for index in indices if 4 <= index < 8]) == 1
 
 
 def test_tables_may_have_columns_that_json_cannot_represent(run, tmp_path):
@@ -177,8 +177,8 @@ def test_a_run_needs_documents_that_are_labelled_differently(run, caplog, alike,
     ("metric", "message"),
     [
         ("foo_ndcg_at_10", "validation sources are dev"),
-        ("ndcg_at_10", "no row to validate on has a label above 0"),
-        ("dev_mrr_at_10", "no row to validate on has a label above 0"),
+        ("ndcg_at_10", "no validation row has a label above 0"),
+        ("dev_mrr_at_10", "no validation row has a label above 0"),
     ],
 )
 def test_the_metric_that_decides_has_to_be_measured(run, tmp_path, metric, message):
@@ -212,4 +212,4 @@ def test_a_stream_without_rows_ends(stream, rows):
 def test_a_stream_rejects_rows_while_it_is_read(stream, tmp_path):
     rows = stream([*ROWS, ROW | {"scores": {"t": [1, 0]}}])
     assert all("labels" in row for row in itertools.islice(rows, 20))
-    assert "Row 7 of those to train on: no 'labels'" in rejected(tmp_path, "rejects_of_stream.jsonl")[0]
+    assert "Training row 7 has no 'labels'" in rejected(tmp_path, "rejects_of_stream.jsonl")[0]

@@ -175,12 +175,12 @@ def test_validation_measures_each_collection_and_their_mean(model, tmp_path):
 
 def slow_ndcg(model, row):
     scores = model.predict([(row["query"], document) for document in row["documents"]]).tolist()
-    order = sorted(range(len(scores)), key=lambda place: -scores[place])
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
 
     def dcg(labels):
-        return sum(label / math.log2(place + 2) for place, label in enumerate(labels))
+        return sum(label / math.log2(index + 2) for index, label in enumerate(labels))
 
-    return dcg([row["labels"][place] for place in order]) / dcg(sorted(row["labels"], reverse=True))
+    return dcg([row["labels"][index] for index in order]) / dcg(sorted(row["labels"], reverse=True))
 
 
 def test_the_best_checkpoint_is_chosen_by_ndcg(model, tmp_path):
