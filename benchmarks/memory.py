@@ -18,7 +18,7 @@ from benchmarks.workloads import make_documents, words_of
 from modeling_querit import QueritForSequenceRanking
 
 QUERY = "what does it take to rank many documents"
-# Tokens of a document: median, and standard deviation of the logarithm.
+# Tokens per document: median, and standard deviation of the logarithm.
 MEDIAN, SIGMA = 60, 0.5
 # Seconds between two samples of the memory.
 INTERVAL = 0.005

@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     workloads = [name for name in WORKLOADS if name != "tiny"]
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=workloads, help="texts to rank")
     parser.add_argument("--layers", type=int, help="layers of each model; by default all")
-    parser.add_argument("--documents", type=int, help="documents of a query; by default those of the workload")
+    parser.add_argument("--documents", type=int, help="documents per query; by default those of the workload")
     help_of_peers = "; ".join(f"{name}: {text}" for name, text in peers.PEERS.items())
     parser.add_argument("--peers", nargs="*", choices=list(peers.PEERS), default=list(peers.PEERS), help=help_of_peers)
     parser.add_argument("--mteb-documents", type=int, default=1, help="documents that mteb's wrapper is timed on")

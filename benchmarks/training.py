@@ -166,7 +166,7 @@ def compare(folder: Path, rows: list[Row], args: argparse.Namespace) -> dict[str
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 its_runs.append(pool.submit(run, name, folder, rows, args, torch.get_num_threads()).result())
             median = sorted(its_runs[-1]["seconds"])[len(its_runs[-1]["seconds"]) // 2]
-            print(f"  {name}: {median:.3g} s a step, peak {its_runs[-1]['mib_peak']:.0f} MiB")
+            print(f"  {name}: {median:.3g} s per step, peak {its_runs[-1]['mib_peak']:.0f} MiB")
     return runs
 
 
@@ -198,7 +198,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8, help="layers of the model")
     parser.add_argument("--workload", choices=list(WORKLOADS), default="beir", help="lengths of the documents")
     parser.add_argument("--queries", type=int, default=4, help="queries of a batch")
-    parser.add_argument("--documents", type=int, default=8, help="documents of a query")
+    parser.add_argument("--documents", type=int, default=8, help="documents per query")
     parser.add_argument("--steps", type=int, default=4, help="steps of a run; the first is not timed")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="use gradient checkpointing")
     parser.add_argument(

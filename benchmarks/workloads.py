@@ -27,7 +27,7 @@ class Workload(NamedTuple):
 
     Args:
         documents: Number of documents.
-        median: Median tokens of a document.
+        median: Median number of tokens per document.
         sigma: Standard deviation of the logarithm of a document's tokens.
         query: Tokens of instruction and query together.
     """

@@ -62,12 +62,12 @@ def rerank(
     query: Annotated[str, typer.Option("--query", "-q", help="The query.", show_default=False)],
     documents: Annotated[
         str,
-        typer.Argument(metavar="[FILE]", help="Documents, one a line; - is standard input.", show_default=False),
+        typer.Argument(metavar="[FILE]", help="Documents, one per line; - is standard input.", show_default=False),
     ] = "-",
     model: Annotated[str, typer.Option(help="mini (the default model), or a folder or repository.")] = "mini",
     top_k: Annotated[int | None, typer.Option(help="Number of documents to print; all by default.")] = None,
     instruction: Annotated[str | None, typer.Option(help="The task in one sentence, in place of the default.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Most tokens of a query and document together.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Maximum tokens of a query and document together.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Compute in int8 (by torchao), slightly less exact.")] = False,
     format: Annotated[
@@ -151,8 +151,8 @@ def merge(
     ] = None,
     evaluations: Annotated[int, typer.Option(help="--search: number of merges to try.")] = 9,
     queries: Annotated[int, typer.Option(help="--search: number of queries of each collection.")] = 50,
-    depth: Annotated[int, typer.Option(help="--search: number of candidates of a query.")] = 20,
-    max_length: Annotated[int | None, typer.Option(help="--search: most tokens of a query and document.")] = None,
+    depth: Annotated[int, typer.Option(help="--search: number of candidates per query.")] = 20,
+    max_length: Annotated[int | None, typer.Option(help="--search: maximum tokens per pair.")] = None,
 ) -> None:
     """Merge rerankers into one, by SLERP; groups: attention, mlp, experts, router, embeddings, score."""
     from .merging.merge import merge_checkpoints

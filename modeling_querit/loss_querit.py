@@ -1,4 +1,7 @@
-"""The pairwise hinge loss that the published rerankers were trained with, on scores in [-1, 1]."""
+"""The pairwise hinge loss that the published rerankers were trained with, on scores in [-1, 1].
+
+Other losses: training/losses.py.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def pairwise_hinge_loss(
     it is the soft-label distillation loss (arXiv 2606.19037, stages 1 and 2).
 
     Args:
-        scores: Scores of the documents, shape (batch,), in [-1, 1]; computed with in float32.
+        scores: Scores of the documents, shape (batch,), in [-1, 1]; used in float32.
         labels: Relevance of the documents, shape (batch,), on any real scale; NaN if unknown, which is in no pair.
         query_ids: Index of the query that each document belongs to, shape (batch,), integers.
         margin_scale: Margin per unit of label difference.

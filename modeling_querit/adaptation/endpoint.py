@@ -69,8 +69,8 @@ class Endpoint:
 
     Args:
         url: URL of the route.
-        concurrency: Most requests under way at a time.
-        requests_per_minute: Most requests a minute, of each process; None for no limit.
+        concurrency: Maximum number of concurrent requests.
+        requests_per_minute: Maximum number of requests per minute and process; None for no limit.
         attempts: Most times that a request is sent.
         timeout: Seconds within which the whole answer has to arrive.
         api_key_variable: Environment variable that holds the API key, such as `OPENAI_API_KEY`. Without it no key is

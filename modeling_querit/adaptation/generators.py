@@ -35,7 +35,7 @@ class Generator(Protocol):
 
     Attributes:
         identity: JSON values that decide what it writes: weights, prompts, settings. Queries are cached under them.
-        batch_size: Most requests that a call of `generate` gets.
+        batch_size: Maximum number of requests per call of `generate`.
     """
 
     batch_size: int
@@ -62,7 +62,7 @@ class TransformersGenerator:
         template: Instruction for models with a chat template; see `prompts.INSTRUCTION`.
         shots: (document text, query) pairs of any collection, for models without a chat template.
         max_chars: Characters of a document that the model sees.
-        max_new_tokens: Most tokens of a query.
+        max_new_tokens: Maximum number of tokens per query.
         temperature: Sampling temperature; 0 for greedy decoding.
         top_p: Probability mass of the tokens that are sampled from, in (0, 1].
         batch_size: Requests of a forward pass.
@@ -157,7 +157,7 @@ class EndpointGenerator:
         template: Instruction; see `prompts.INSTRUCTION`.
         version: A word to change when the server has other weights under the same name: queries are cached under it.
         max_chars: Characters of a document that are sent.
-        max_tokens: Most tokens of a query.
+        max_tokens: Maximum number of tokens per query.
         temperature: Sampling temperature; 0 for greedy decoding.
         seed: Seed from which the seed of each request is derived.
         batch_size: Requests whose queries are written to the cache together.

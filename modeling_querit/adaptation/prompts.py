@@ -59,7 +59,7 @@ class QueryRequest:
 
 
 def read_examples(path: Path) -> list[str]:
-    """Read example queries, one a line; blank lines are skipped.
+    """Read example queries, one per line; blank lines are skipped.
 
     Raises:
         FileNotFoundError: if there is no such file.

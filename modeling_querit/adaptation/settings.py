@@ -98,9 +98,9 @@ class QuerySettings(Section):
     )
     per_document: int = Field(2, ge=1, description="Number of queries, of different styles, for each document.")
     languages: list[str] = Field([], description="Languages of the queries; by default that of the document.")
-    examples: Path | None = Field(None, description="File of real queries of the target, without labels, one a line.")
+    examples: Path | None = Field(None, description="File of real queries of the target, without labels, one per line.")
     min_tokens: int = Field(2, ge=1, description="Fewest words of a query.")
-    max_tokens: int = Field(48, ge=1, description="Most words of a query.")
+    max_tokens: int = Field(48, ge=1, description="Maximum number of words per query.")
     max_copied: float = Field(
         0.8,
         gt=0,
@@ -190,9 +190,9 @@ class AdaptSettings(Section):
     evaluation: list[str] = Field(
         [], description="Collections with relevance judgements, FOLDER:SPLIT, which the report measures on."
     )
-    evaluation_depth: int = Field(20, ge=1, description="Documents of a query that are reranked in the report.")
+    evaluation_depth: int = Field(20, ge=1, description="Documents per query that are reranked in the report.")
     evaluation_max_length: int | None = Field(
-        None, ge=8, description="Tokens of a pair in the report; by default what the model reads."
+        None, ge=8, description="Tokens per pair in the report; by default what the model reads."
     )
     evaluation_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Data type of the models' weights in the report; by default that of their folders."

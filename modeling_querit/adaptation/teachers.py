@@ -54,7 +54,7 @@ class Teacher(Protocol):
 
     Attributes:
         identity: JSON values that decide its scores: weights, prompts, lengths. Scores are cached under them.
-        batch_size: Most pairs that a call of `score` gets.
+        batch_size: Maximum number of pairs per call of `score`.
     """
 
     batch_size: int
@@ -72,7 +72,7 @@ class CrossEncoderTeacher:
 
     Args:
         model: Folder or repository, or `mini`.
-        max_length: Tokens of a pair; the model's own limit by default.
+        max_length: Maximum number of tokens per pair; the model's own limit by default.
         instruction: Instruction for a Querit model; the model's own by default.
         library: Library that loads the model: `querit` or `sentence-transformers`.
         dtype: Data type of the weights: `auto` (that of the checkpoint), `float32`, `bfloat16` or `float16`.

@@ -75,7 +75,7 @@ def _copy_bos_embedding(backbone: PreTrainedModel, tokenizer: PreTrainedTokenize
     """Give the first token of the default instruction the embedding of `<bos>`.
 
     A decoder pretrained with `<bos>` at the start of every text uses it as its attention sink, and the text of a Querit
-    pair has none: the loss of Gemma 3 270M on plain text rises from 3.49 to 5.14 nats a token. With this it is 3.49
+    pair has none: the loss of Gemma 3 270M on plain text rises from 3.49 to 5.14 nats per token. With this it is 3.49
     again, at the cost of the previous meaning of that one token.
     """
     if tokenizer.bos_token_id is None or tokenizer("a").input_ids[0] != tokenizer.bos_token_id:

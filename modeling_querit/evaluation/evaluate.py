@@ -117,7 +117,7 @@ def evaluate(
         first_stage: Index over the collection's documents; BM25 by default.
         candidates: Documents to put in order, from `first_stage_candidates`, to measure on the same ones again. By
             default all that the collection lists for a query, or else the first stage's best `depth`.
-        depth: Candidates of a query for which the collection lists none.
+        depth: Candidates per query for which the collection lists none.
         limit: Number of queries, drawn at random; by default all that have a relevant document.
         seed: Seed of the draw, the intervals and the p-values.
         predict_options: Keyword arguments of every `predict`, such as `max_length`.
@@ -234,7 +234,7 @@ def first_stage_candidates(
         collection: The collection.
         first_stage: Index over its documents, which gives listed candidates their scores and order too.
         queries: Query ids.
-        depth: Documents of a query for which none are listed.
+        depth: Documents per query for which none are listed.
 
     Raises:
         ValueError: if `depth` is below 1.

@@ -71,7 +71,7 @@ class ValidationSet:
         Args:
             source: Folder in the BEIR layout and split, `FOLDER:SPLIT`; the split is `dev` by default.
             queries: Maximum number of queries.
-            depth: Number of candidates of a query.
+            depth: Number of candidates per query.
             seed: Seed of the draw.
 
         Raises:

@@ -131,7 +131,7 @@ class Source:
 
 
 def read_documents(source: str, is_jsonl: bool | None = None) -> list[str | dict[str, Any]]:
-    """Read the documents of a file or of standard input, one a line; blank lines are skipped.
+    """Read the documents of a file or of standard input, one per line; blank lines are skipped.
 
     Args:
         source: Path of a file in UTF-8, which may be gzipped; `-` is standard input.
@@ -147,7 +147,7 @@ def read_documents(source: str, is_jsonl: bool | None = None) -> list[str | dict
         raise ValueError("There is no standard input: name a file.")
     lines = list(read_lines(sys.stdin.buffer if source == "-" else source, name))
     if not lines:
-        raise ValueError(f"{name} is empty: give one document a line.")
+        raise ValueError(f"{name} is empty: give one document per line.")
     if is_jsonl is None:
         is_jsonl = source.endswith(_JSONL) or lines[0][1].lstrip().startswith(b"{")
     if is_jsonl:

@@ -43,8 +43,8 @@ class QueritTrainingArguments(TrainingArguments):
         temperature: Label difference that `listwise_kl` counts as a factor of e.
         head_learning_rate: Learning rate of the ranking head; `learning_rate` by default. The head sees large hidden
             states (Gemma 3: rms 4 over 640 values), and Adam's step does not shrink with the gradient.
-        max_length: Tokens of a pair, `[CLS]` included, in training; longer documents are truncated.
-        packing: Whether the pairs of a batch are packed into one row, without padding and with the shared prefix of a
+        max_length: Maximum number of tokens per pair, `[CLS]` included, in training; longer documents are truncated.
+        packing: Whether the pairs of a batch are packed end to end, without padding and with the shared prefix of a
             query once, where the backbone supports it. Gradients are the same.
 
     Raises:
@@ -76,11 +76,11 @@ class QueritTrainingArguments(TrainingArguments):
         metadata={"help": "Learning rate of the ranking head, which starts at zero; learning_rate by default."},
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a pair in training; longer documents are truncated."}
+        default=None, metadata={"help": "Maximum tokens per pair in training; longer documents are truncated."}
     )
     packing: bool = field(
         default=True,
-        metadata={"help": "Pack the pairs of a batch into one row, without padding, each query's shared prefix once."},
+        metadata={"help": "Pack the pairs of a batch end to end, without padding, each query's shared prefix once."},
     )
     logging_steps: float = field(
         default=10, metadata={"help": "Steps between two logs, and between two checks of the run's health."}
@@ -114,9 +114,9 @@ class QueritTrainingArguments(TrainingArguments):
             config.dispatch_batches = False
 
     def loss_settings(self) -> dict[str, float | None]:
-        """Values of the settings that losses take, by name."""
+        """Return the values of the losses' settings by name; None for a setting without a field here."""
         names = {name for loss in LOSSES.values() for name in loss.settings}
-        return {name: getattr(self, name) for name in sorted(names)}
+        return {name: getattr(self, name, None) for name in sorted(names)}
 
     def _check_losses(self) -> None:
         select_losses(self.losses)
@@ -202,9 +202,9 @@ class DataArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Read rows while training instead of before it; needs --max_steps."}
     )
-    top: int = field(default=2, metadata={"help": "Negatives of a query from the top of the first stage's ranking."})
-    middle: int = field(default=0, metadata={"help": "Negatives of a query from the middle of that ranking."})
-    random: int = field(default=1, metadata={"help": "Negatives of a query from all other documents."})
+    top: int = field(default=2, metadata={"help": "Negatives per query from the top of the first stage's ranking."})
+    middle: int = field(default=0, metadata={"help": "Negatives per query from the middle of that ranking."})
+    random: int = field(default=1, metadata={"help": "Negatives per query from all other documents."})
     top_depth: int = field(default=30, metadata={"help": "Rank at which the top of a ranking ends."})
     depth: int = field(default=100, metadata={"help": "Rank at which the ranking ends."})
     sample_rows: bool = field(
@@ -219,7 +219,7 @@ class DataArguments:
     )
     guard: str | None = field(
         default=None,
-        metadata={"help": "A reranker that filters out false negatives: those it scores above the positive."},
+        metadata={"help": "A reranker that drops false negatives: those it scores above the positive."},
     )
     guard_margin: float = field(
         default=0.0, metadata={"help": "How far below the positive, in the guard's score, a negative has to be."}
@@ -231,13 +231,13 @@ class DataArguments:
             "--train_sampling_strategy sequential the model sees them first, and learns to match topics sooner."
         },
     )
-    limit: int | None = field(default=None, metadata={"help": "Most queries taken from a BEIR folder."})
+    limit: int | None = field(default=None, metadata={"help": "Maximum number of queries taken from a BEIR folder."})
     max_chars: int | None = field(
         default=None, metadata={"help": "Longest positive, in characters, taken from a BEIR folder."}
     )
     validation_depth: int = field(
         default=20,
-        metadata={"help": "Documents ranked for a query in validation, for BEIR folders without candidate lists."},
+        metadata={"help": "Documents ranked per query in validation, for BEIR folders without candidate lists."},
     )
     teacher_weights: dict[str, float] | str | None = field(
         default=None,

@@ -17,8 +17,8 @@ class RankingCollator:
 
     Args:
         processor: Processor of the model that is trained.
-        max_length: Tokens of a pair at most, `[CLS]` included; the processor's own limit by default.
-        packing: Whether the pairs are packed into one row instead of padded.
+        max_length: Maximum number of tokens per pair, `[CLS]` included; the processor's own limit by default.
+        packing: Whether the pairs are packed into one sequence instead of padded.
         share_prefix: Whether a pack holds the shared prefix of a query's pairs once.
 
     Calling it returns what the model takes, and `labels`, (pairs,), float32, and `query_ids`, (pairs,), the index of

@@ -5,14 +5,17 @@ leave out documents whose label is NaN, and queries with nothing to compare: a s
 items that a loss sums over, pairs, queries or documents, depend on the labels alone. So the sum over a batch equals the
 sum over its parts or over processes; the trainer divides it by the number of items in all.
 
-To add a loss: write such a function here and give it an entry in `LOSSES`. The settings, help texts, trainers and the
-tests of all losses (`tests/training/test_losses.py`, which asks for a slow formula to compare with) follow.
+To add a loss, write such a function here and give it an entry in `LOSSES`, with the defaults of its settings. The help
+texts, trainers and the tests of all losses (`tests/training/test_losses.py`, which asks for a slow formula to compare
+with) follow. A new setting has its default everywhere; for a command line or YAML to change it, add an optional field
+of its name to `QueritTrainingArguments` in `training/arguments.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -124,7 +127,7 @@ def pointwise_bce(scores: Tensor, labels: Tensor, query_ids: Tensor, reduction: 
 
 
 def _informative(labels: Tensor, query_ids: Tensor) -> Tensor:
-    """Ids of the queries with two different labels, (queries,)."""
+    """Return the ids of the queries with two different labels, (queries,)."""
     higher, _ = ordered_pairs(labels, query_ids)
     return query_ids[higher].unique()
 
@@ -136,20 +139,21 @@ class Loss(NamedTuple):
         function: Pure function `(scores, labels, query_ids, reduction=...) -> losses`.
         output: Model output that the loss is computed on by default: `score`, the bounded p1 - p0, or `logit`,
             z1 - z0, which has a gradient where the score is saturated too.
-        settings: Names of the training arguments that the function takes as keywords.
+        settings: Settings that the function takes as keywords, with their defaults. The training argument of the same
+            name, if there is one, replaces the default.
         needs_unit_labels: Whether labels have to be in [0, 1].
     """
 
     function: Callable[..., Tensor]
     output: str
-    settings: tuple[str, ...] = ()
+    settings: Mapping[str, float] = MappingProxyType({})
     needs_unit_labels: bool = False
 
 
 LOSSES = {
-    "pairwise_hinge": Loss(pairwise_hinge_loss, "score", ("margin_scale", "emphasis")),
-    "margin_mse": Loss(margin_mse, "score", ("margin_scale",)),
-    "listwise_kl": Loss(listwise_kl, "logit", ("temperature",)),
+    "pairwise_hinge": Loss(pairwise_hinge_loss, "score", {"margin_scale": 0.8, "emphasis": 0.0}),
+    "margin_mse": Loss(margin_mse, "score", {"margin_scale": 1.0}),
+    "listwise_kl": Loss(listwise_kl, "logit", {"temperature": 0.1}),
     "ranknet": Loss(ranknet, "logit"),
     "pointwise_bce": Loss(pointwise_bce, "logit", needs_unit_labels=True),
 }
@@ -157,11 +161,11 @@ OUTPUTS = ("score", "logit")
 
 
 def select_losses(names: Sequence[str], **settings: float | None) -> dict[str, Loss]:
-    """The losses of a run, with their settings filled in.
+    """Select the losses of a run, with their settings filled in.
 
     Args:
         names: Keys of `LOSSES`, each alone or with `:score` or `:logit` for the output that it is computed on.
-        settings: Values of training arguments; each loss takes its own, and None leaves the loss's default.
+        settings: Values of settings by name; each loss takes its own, and one that is None or absent keeps its default.
 
     Returns:
         Losses by the name that was given.
@@ -188,7 +192,8 @@ def select_losses(names: Sequence[str], **settings: float | None) -> dict[str, L
                 "the output that it is computed on."
             )
         loss = LOSSES[key]
-        keywords = {setting: settings[setting] for setting in loss.settings if settings.get(setting) is not None}
+        given = {setting: settings.get(setting) for setting in loss.settings}
+        keywords = {**loss.settings, **{setting: value for setting, value in given.items() if value is not None}}
         selected[name] = loss._replace(function=partial(loss.function, **keywords), output=output or loss.output)
     return selected
 
@@ -199,5 +204,5 @@ def needs_unit_labels(name: str) -> bool:
 
 
 def count_items(loss: Loss, labels: Tensor, query_ids: Tensor) -> int:
-    """Number of items that a loss sums over in a batch; labels alone decide it, so no forward pass is needed."""
+    """Count the items that a loss sums over in a batch; labels alone decide it, so no forward pass is needed."""
     return len(loss.function(torch.zeros_like(labels), labels, query_ids, reduction="none"))

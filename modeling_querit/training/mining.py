@@ -36,7 +36,7 @@ def mine_rows(
         guard: Reranker that filters out false negatives: those it scores above the positive less `guard_margin`.
         guard_margin: Margin on the guard's scale.
         easy_first: Share of the rows, the first ones, whose negatives are all random: a start for an untrained model.
-        limit: Most queries to take, drawn at random; all by default.
+        limit: Maximum number of queries, drawn at random; all by default.
         max_chars: Longest positive in characters; in longer ones the answer may lie beyond the model's limit.
         seed: Seed of all draws.
 
@@ -78,7 +78,7 @@ def validation_rows(
         collection: Collection to validate on; queries without a relevant document give no row.
         retriever: First stage; BM25 over the collection by default.
         depth: Documents ranked for a query, where the collection has no candidate list of it.
-        limit: Most queries to take, drawn at random; all by default.
+        limit: Maximum number of queries, drawn at random; all by default.
         seed: Seed of the draw.
 
     Raises:

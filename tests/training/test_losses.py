@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import pytest
@@ -6,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_querit.loss_querit import pairwise_hinge_loss
-from modeling_querit.training.losses import LOSSES, count_items, listwise_kl, select_losses
+from modeling_querit.training.arguments import QueritTrainingArguments
+from modeling_querit.training.losses import LOSSES, Loss, count_items, listwise_kl, select_losses
 
 FINITE = st.floats(-5, 5, width=32)
 LABEL = st.sampled_from([0.0, 0.25, 0.5, 1.0, math.nan])
@@ -202,6 +204,24 @@ def test_a_name_may_say_which_output_a_loss_is_computed_on():
     batch = tensors(([0.0, 0.0], [1.0, 0.0], [0, 0]))
     assert selected["pairwise_hinge"].function(*batch).item() == 0.5
     assert selected["listwise_kl"].function(*batch).item() == listwise_kl(*batch).item()
+
+
+def test_settings_have_the_defaults_of_the_functions():
+    for loss in LOSSES.values():
+        parameters = inspect.signature(loss.function).parameters
+        assert {name: parameters[name].default for name in loss.settings} == loss.settings
+
+
+def test_a_setting_without_a_training_argument_has_its_default(monkeypatch, tmp_path):
+    def shifted(scores, labels, query_ids, shift, reduction="mean"):
+        return scores.mean() + shift
+
+    monkeypatch.setitem(LOSSES, "shifted", Loss(shifted, "score", {"shift": 3.0}))
+    args = QueritTrainingArguments(str(tmp_path), losses=["shifted", "pairwise_hinge"], margin_scale=0.5)
+    selected = select_losses(args.losses, **args.loss_settings())
+    batch = tensors(([0.0, 0.0], [1.0, 0.0], [0, 0]))
+    assert [loss.function(*batch).item() for loss in selected.values()] == [3.0, 0.5]
+    assert select_losses(["shifted"], shift=1.0)["shifted"].function(*batch).item() == 1.0
 
 
 @pytest.mark.parametrize("names", [[], ["hinge"], ["pairwise_hinge:logits"], [":score"]])
