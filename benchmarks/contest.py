@@ -51,7 +51,7 @@ class Subject:
         return f"{self.shape}, {task.name}"
 
     def facts(self, task: Task) -> dict[str, Any]:
-        """Description of model and texts, for a row."""
+        """Describe model and texts, for a row."""
         return {
             "shape": self.shape,
             "layers": self.model.config.get_text_config().num_hidden_layers,
@@ -63,13 +63,13 @@ class Subject:
 
 
 def rank(model: QueritForSequenceRanking, task: Task) -> list[float]:
-    """Scores in the documents' order, through the public interface."""
+    """Score documents, in their order, through the public interface."""
     ranking = model.rank(task.query, task.documents, show_progress_bar=False)
     return [ranked.score for ranked in sorted(ranking, key=lambda ranked: ranked.index)]
 
 
 def ablations(model: QueritForSequenceRanking, task: Task) -> dict[str, Peer]:
-    """Ours with each optimization disabled in turn."""
+    """Return our contender with each optimization disabled in turn."""
     experts, contenders = peers.experts_of(model), {}
     for field in fields(Optimizations):
         remaining = replace(ALL, **{field.name: False})
@@ -88,7 +88,7 @@ def ablations(model: QueritForSequenceRanking, task: Task) -> dict[str, Peer]:
 def compare(
     subject: Subject, task: Task, names: list[str], rounds: int, *, mteb_documents: int, with_ablations: bool
 ) -> list[timing.Row]:
-    """Rows of a workload: each peer, each ablation, the bound."""
+    """Compare on a workload: each peer, each ablation, the bound."""
     model, pairs = subject.model, len(task.pairs)
     experts = peers.experts_of(model)
     contenders = {OURS: Peer(peers.with_experts(model, experts, lambda: rank(model, task)), pairs)}
@@ -111,7 +111,7 @@ def compare(
 def time_checked(
     functions: dict[str, Callable[[], list[float]]], rounds: int, model: QueritForSequenceRanking, *, is_exact: bool
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of each function, and the largest difference of its scores from ours."""
+    """Time each function; also return the largest difference of its scores from ours."""
     differences: dict[str, float] = {}
 
     def check(scores: Scores) -> None:
@@ -145,7 +145,7 @@ def row(
     remarks: str = "",
     **more: Any,
 ) -> timing.Row:
-    """A comparison, with speeds in pairs and tokens."""
+    """Make a row of a comparison, with speeds in pairs and tokens."""
     median, pairs = timing.medians(seconds), len(task.pairs)
     speeds = f"{pairs / median[ours]:.3g} and {pairs / median[against]:.3g} pairs/s"
     more |= _speeds(median[ours], task, "ours") | _speeds(median[against], task, "against") | subject.facts(task)
@@ -154,7 +154,7 @@ def row(
 
 
 def bound(subject: Subject, task: Task, seconds: dict[str, list[float]]) -> timing.Row:
-    """A comparison of ours with the bound."""
+    """Compare ours with the bound."""
     flops = needed_flops(subject.model.model.layers, subject.model.config.get_text_config(), task)
     speeds = _speeds(timing.medians(seconds)[OURS], task, "ours")
     remarks = f"{speeds['tokens_per_second_ours']:.4g} tokens/s"
@@ -168,7 +168,7 @@ def _speeds(seconds: float, task: Task, whose: str) -> dict[str, float]:
 
 
 def vllm_row(subject: Subject, task: Task, served: dict[str, Any], seconds_ours: list[float]) -> timing.Row:
-    """A comparison with vLLM, which was timed in its own process, not in turn."""
+    """Compare with vLLM, which was timed in its own process, not in turn."""
     against = f"vLLM {served['version']}"
     ours = rank(subject.model, task)
     more = {"max_score_difference": max(abs(a - b) for a, b in zip(ours, served["scores"], strict=True))}
@@ -180,7 +180,7 @@ def vllm_row(subject: Subject, task: Task, served: dict[str, Any], seconds_ours:
 def int8_rows(
     subject: Subject, dtype: torch.dtype, device: torch.device, tasks: Iterable[Task], rounds: int
 ) -> list[timing.Row]:
-    """Comparisons of the model with int8 linear layers (torchao) and without, both through `rank`."""
+    """Compare the model with int8 linear layers (torchao) and without, both through `rank`."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
     from transformers import TorchAoConfig
 

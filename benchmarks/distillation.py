@@ -60,7 +60,7 @@ def sample_rows(rows: Sequence[Row], bands: Bands, seed: int) -> list[Row]:
 
 
 def with_judgements(row: Row, grades: Mapping[str, int], documents: Sequence[str]) -> Row:
-    """A row with relevance judgements in place of teacher scores."""
+    """Return a row with relevance judgements in place of teacher scores."""
     best = max(grades.values())
     return {
         "query": row["query"],

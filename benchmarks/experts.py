@@ -35,7 +35,7 @@ Function = Callable[[], Any]
 
 
 def implementation(device: torch.device) -> str:
-    """The name of our implementation on a device."""
+    """Return the name of our implementation on a device."""
     return moe_querit.TRITON_IMPLEMENTATION if device.type == "cuda" else moe_querit.EXPERTS_IMPLEMENTATION
 
 
@@ -62,20 +62,20 @@ def make_inputs(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, devic
 
 
 def run_layer(layer: DeepseekV3Experts, name: str, inputs: Inputs) -> Tensor:
-    """Output of the layer by an implementation."""
+    """Run the layer by an implementation."""
     layer.config._experts_implementation = name
     return layer(*inputs)
 
 
 def flops(config: PreTrainedConfig, tokens: int) -> float:
-    """Floating-point operations of a forward pass: three products for each expert of each token."""
+    """Count floating-point operations of a forward pass: three products for each expert of each token."""
     return 6.0 * tokens * config.num_experts_per_tok * config.hidden_size * config.moe_intermediate_size
 
 
 def contenders(
     layer: DeepseekV3Experts, dense: dict[str, nn.Module], inputs: Inputs, device: torch.device, backward: bool
 ) -> dict[str, Function]:
-    """Functions to time, by name: ours, the dense layers, transformers' own implementations."""
+    """Return functions to time, by name: ours, the dense layers, transformers' own implementations."""
     tokens = len(inputs[0])
     names = [implementation(device), "eager", "grouped_mm"]
     if tokens <= BATCHED_MM_TOKENS and not backward:
@@ -106,7 +106,7 @@ def _forward_backward(function: Callable[[Tensor], Tensor], module: nn.Module, x
 def compare(
     args: argparse.Namespace, config: PreTrainedConfig, tokens: int, backward: bool, rates: dict[str, float]
 ) -> list[timing.Row]:
-    """Rows for a number of tokens; `rates` are GFLOP/s of large matrix products by dtype."""
+    """Compare for a number of tokens; `rates` are GFLOP/s of large matrix products by dtype."""
     device, dtype = args.device, getattr(torch, args.dtype)
     layer, inputs = make_layer(config, dtype, device), make_inputs(config, tokens, dtype, device)
     dense: dict[str, nn.Module] = {"dense": make_dense(config, dtype, device)}
@@ -147,7 +147,7 @@ def _rows(
 
 
 def check(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, tokens: int) -> dict[str, float]:
-    """Errors of our output and gradients by tensor, relative to its largest value, against the loop in float64."""
+    """Compute the errors of our output and gradients by tensor, relative to its largest value, against float64."""
     layer, inputs = make_layer(config, dtype, device), make_inputs(config, tokens, dtype, device)
     exact = DeepseekV3Experts(config).to(device, torch.float64)
     exact.load_state_dict(layer.state_dict())

@@ -35,7 +35,7 @@ RERANKED, RERANKED_INT8 = "BM25 + mini", "the same in int8"
 
 
 def load_collections(data: Path) -> dict[str, Collection]:
-    """Four collections with human judgements, and XQuAD with German questions on English documents."""
+    """Load four collections with human judgements, and XQuAD with German questions on English documents."""
     collections = {
         name: Source(data / "targets" / name, "test").load() for name in ("scifact", "cranfield", "cacm", "liveqa_med")
     }

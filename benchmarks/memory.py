@@ -48,7 +48,7 @@ class Sampler(threading.Thread):
 
 
 def resident() -> float:
-    """Resident memory of this process in MiB."""
+    """Return the resident memory of this process in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -59,7 +59,7 @@ def measure_apart(folder: Path, dtype: torch.dtype, counts: Sequence[int], seed:
 
 
 def measure(folder: Path, dtype: torch.dtype, counts: Sequence[int], seed: int, threads: int) -> dict[str, Any]:
-    """Peaks of memory beyond the weights after each number of documents in `counts`."""
+    """Measure peaks of memory beyond the weights after each number of documents in `counts`."""
     torch.set_num_threads(threads)
     model = QueritForSequenceRanking.from_pretrained(folder, dtype=dtype)
     documents = make_documents(

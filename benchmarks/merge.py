@@ -43,12 +43,12 @@ def plain_folder(folder: Path, destination: Path) -> Path:
 
 
 def our_command(pair: Sequence[Path], output: Path, args: argparse.Namespace) -> list[str]:
-    """Command of `querit merge`."""
+    """Return the command of `querit merge`."""
     return [sys.executable, "-m", "modeling_querit", "merge", *map(str, pair), "--t", str(T), "-o", str(output)]
 
 
 def their_command(pair: Sequence[Path], output: Path, args: argparse.Namespace) -> list[str]:
-    """Command of `mergekit-yaml`, with its recipe written beside the output."""
+    """Return the command of `mergekit-yaml`, with its recipe written beside the output."""
     recipe = {
         "merge_method": "slerp",
         "base_model": str(pair[0]),
@@ -80,7 +80,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def largest_difference(ours: Path, theirs: Path) -> float:
-    """Largest difference between entries of two merges, relative to the largest entry of their tensor."""
+    """Return the largest difference between entries of two merges, relative to the largest entry of their tensor."""
     left, right = open_weights(ours), open_weights(theirs)
     largest = 0.0
     for key, tensor in left.items():
@@ -113,7 +113,7 @@ def compare(pairs: dict[str, list[Path]], parent: Path, args: argparse.Namespace
 
 
 def make_row(workload: str, runs: dict[str, list[dict[str, float]]]) -> timing.Row:
-    """A comparison with mergekit: `ratio` of speeds, `memory_ratio` of peaks (below 1 if ours takes less)."""
+    """Compare with mergekit: `ratio` of speeds, `memory_ratio` of peaks (below 1 if ours takes less)."""
     seconds = {name: [run["seconds"] for run in its_runs] for name, its_runs in runs.items()}
     peak = {name: max(run["mib_resident"] for run in its_runs) for name, its_runs in runs.items()}
     own = {name: max(run["mib_own"] for run in its_runs) for name, its_runs in runs.items()}

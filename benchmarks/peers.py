@@ -43,14 +43,14 @@ class Peer(NamedTuple):
 
 
 def experts_of(model: QueritForSequenceRanking) -> str | None:
-    """Experts implementation that a model uses, or None for a dense model."""
+    """Return the experts implementation that a model uses, or None for a dense model."""
     config = model.config.get_text_config()
     has_experts = any(parameter.dim() == 3 for parameter in model.model.parameters())
     return config._experts_implementation if has_experts else None
 
 
 def with_experts(model: QueritForSequenceRanking, name: str | None, function: Callable[[], Any]) -> Callable[[], Any]:
-    """A function that first sets the model's experts implementation."""
+    """Make a function that first sets the model's experts implementation."""
 
     def run() -> Any:
         if name is not None:
@@ -93,7 +93,7 @@ def make_peers(
 
 
 def faster_experts(model: QueritForSequenceRanking, encoder: Any, task: Task) -> str:
-    """The faster one of transformers' own experts implementations, on one batch of the task."""
+    """Find the faster one of transformers' own experts implementations, on one batch of the task."""
     predict = _predict(encoder, task, BATCH_SIZE)
     functions = {name: with_experts(model, name, predict) for name in ("eager", "grouped_mm")}
     seconds = timing.medians(timing.interleaved(functions, rounds=1))

@@ -23,7 +23,7 @@ from modeling_querit import QueritProcessor
 
 
 def measure(args: argparse.Namespace, shape: str, parent: Path) -> tuple[list[timing.Row], dict[str, Any]]:
-    """Rows of one model, and other measurements."""
+    """Measure one model; return rows, and other measurements."""
     dtype = getattr(torch, args.dtype)
     folder = build_folder(shape, args.layers, dtype, parent, args.seed)
     print(f"{folder.name}: {size_of(folder) / 1e9:.2f} GB")
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace, shape: str, parent: Path) -> tuple[list[ti
 
 
 def measure_memory(args: argparse.Namespace, shape: str, parent: Path) -> dict[str, Any]:
-    """Peaks of memory while documents stream through a model of the same width with fewer layers."""
+    """Measure peaks of memory while documents stream through a model of the same width with fewer layers."""
     dtype = getattr(torch, args.dtype)
     folder = build_folder(shape, args.memory_layers, dtype, parent, args.seed)
     measured = memory.measure_apart(folder, dtype, args.memory_documents, args.seed)

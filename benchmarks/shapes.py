@@ -109,7 +109,7 @@ SHAPES = {
 
 
 def text_config(shape: str, layers: int | None = None) -> PreTrainedConfig:
-    """Configuration of a shape, with at most `layers` layers."""
+    """Return the configuration of a shape, with at most `layers` layers."""
     config = SHAPES[shape].text_config()
     if layers is None:
         return config
@@ -172,7 +172,7 @@ def _random(name: str, like: Tensor, dtype: torch.dtype, config: QueritConfig, g
 
 
 def _published(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor by its published key; stacked experts are split into one tensor each."""
+    """Yield a tensor by its published key; stacked experts are split into one tensor each."""
     if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         yield name, tensor
         return
@@ -187,5 +187,5 @@ def _published(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def size_of(folder: Path) -> int:
-    """Size of a folder's weights in bytes."""
+    """Return the size of a folder's weights in bytes."""
     return sum(os.path.getsize(file) for file in folder.glob("*.safetensors"))

@@ -69,12 +69,12 @@ def interleaved(
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Median seconds by name."""
+    """Return the median seconds by name."""
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def synchronized(function: Callable[[], Any], device: torch.device, calls: int = 1) -> Callable[[], Any]:
-    """A function that calls `function` several times and waits for the GPU."""
+    """Make a function that calls `function` several times and waits for the GPU."""
 
     def run() -> Any:
         for _ in range(calls):
@@ -87,7 +87,7 @@ def synchronized(function: Callable[[], Any], device: torch.device, calls: int =
 
 
 def row(workload: str, ours: str, against: str, seconds: Mapping[str, Sequence[float]], **more: Any) -> Row:
-    """A comparison: `ratio` is the seconds of `against` over those of `ours`, above 1 if ours is faster."""
+    """Compare: `ratio` is the seconds of `against` over those of `ours`, above 1 if ours is faster."""
     middle = medians(seconds)
     return {
         "workload": workload,
@@ -105,7 +105,7 @@ def row(workload: str, ours: str, against: str, seconds: Mapping[str, Sequence[f
 def bound_row(
     workload: str, ours: str, seconds: Mapping[str, Sequence[float]], flops: float, rates: dict[str, float], **more: Any
 ) -> Row:
-    """A comparison with the bound: the arithmetic alone, at the machine's best rate for large matrix products."""
+    """Compare with the bound: the arithmetic alone, at the machine's best rate for large matrix products."""
     middle, best = medians(seconds)[ours], max(rates.values())
     return {
         "workload": workload,
@@ -125,7 +125,7 @@ _best_rates: dict[str, float] = {}
 
 
 def gemm_rates(device: torch.device, rounds: int = 3) -> dict[str, float]:
-    """Best GFLOP/s of a large matrix product by dtype, over this and all earlier calls, as the machine may be busy."""
+    """Measure the best GFLOP/s of a large matrix product by dtype, over this and all earlier calls."""
     size = GEMM_SIZES[device.type]
     functions = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -142,7 +142,7 @@ def gemm_rates(device: torch.device, rounds: int = 3) -> dict[str, float]:
 
 
 def profile_shares(function: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Shares of the time of one call by group of operations, largest first."""
+    """Return shares of the time of one call by group of operations, largest first."""
     is_cuda = device.type == "cuda"
     function()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]) as profiled:
@@ -214,7 +214,7 @@ def write_json(path: Path, rows: Sequence[Row], machine: dict[str, Any], **more:
 
 
 def common_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark."""
+    """Make a parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="data type of the weights")

@@ -171,7 +171,7 @@ def compare(folder: Path, rows: list[Row], args: argparse.Namespace) -> dict[str
 
 
 def make_row(shape: str, against: str, runs: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> timing.Row:
-    """A comparison with a peer: `ratio` of speeds, `memory_ratio` of peaks (below 1 if ours takes less)."""
+    """Compare with a peer: `ratio` of speeds, `memory_ratio` of peaks (below 1 if ours takes less)."""
     seconds = {name: [time_taken for run in runs[name] for time_taken in run["seconds"]] for name in (OURS, against)}
     peaks = {name: max(run["mib_peak"] for run in runs[name]) for name in (OURS, against)}
     difference = max(abs(a - b) for a, b in zip(runs[OURS][0]["losses"], runs[against][0]["losses"], strict=True))

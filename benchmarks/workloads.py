@@ -74,7 +74,7 @@ class Task:
         return len(common_prefix(self.input_ids))
 
     def statistics(self) -> dict[str, Any]:
-        """Token counts, without padding."""
+        """Count tokens, without padding."""
         lengths = [len(ids) for ids in self.input_ids]
         tokens = sum(lengths)
         return {
@@ -99,7 +99,7 @@ def make_task(name: str, processor: QueritProcessor, documents: int | None, seed
 
 
 def words_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Lower-case words that are one token each."""
+    """Return lower-case words that are one token each."""
     return [token[1:] for token in sorted(tokenizer.get_vocab()) if _WORD.fullmatch(token)]
 
 
@@ -110,7 +110,7 @@ def make_documents(words: Sequence[str], rng: random.Random, count: int, median:
 
 
 def needed_flops(layers: nn.ModuleList, config: PreTrainedConfig, task: Task) -> float:
-    """Lower bound of the floating-point operations that the scores of a task need.
+    """Return a lower bound of the floating-point operations that the scores of a task need.
 
     Counted are the linear layers and active experts for each distinct token, with the shared prefix once; in the last
     layer keys and values for all tokens and the rest for last tokens alone; attention between tokens that attend to
@@ -131,7 +131,7 @@ def needed_flops(layers: nn.ModuleList, config: PreTrainedConfig, task: Task) ->
 
 
 def _products(layer: nn.Module, config: PreTrainedConfig) -> tuple[float, float]:
-    """Multiplications for a token in a layer: of all linear layers, and of keys and values alone."""
+    """Count multiplications for a token in a layer: of all linear layers, and of keys and values alone."""
     everything = keys_and_values = 0.0
     for name, parameter in layer.named_parameters():
         if parameter.dim() < 2:
@@ -144,7 +144,7 @@ def _products(layer: nn.Module, config: PreTrainedConfig) -> tuple[float, float]
 
 
 def _attention_of_a_pair(config: PreTrainedConfig) -> int:
-    """Multiplications for a token and a token it attends to, in one layer."""
+    """Count multiplications for a token and a token it attends to, in one layer."""
     if hasattr(config, "kv_lora_rank"):
         size = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     else:

@@ -151,7 +151,7 @@ def _as_config(text_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrai
 
 
 def _wrap_published(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """A published config.json (flat, `architectures: ["MLQwen3Model"]`, no auto_map) as a QueritConfig's dict."""
+    """Wrap a published config.json (flat, `architectures: ["MLQwen3Model"]`, no auto_map) as a QueritConfig's dict."""
     text_config = {key: value for key, value in config_dict.items() if key not in _NOT_OF_THE_BACKBONE}
     dtype = text_config.pop("dtype", text_config.pop("torch_dtype", None))
     quantized = {name: text_config.pop(name) for name in ("quantization_config",) if name in text_config}

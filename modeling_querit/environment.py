@@ -13,12 +13,12 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions of packages and the git revision, each None if unknown: `{"versions", "git_revision"}`."""
+    """Return the versions of packages and the git revision, each None if unknown: `{"versions", "git_revision"}`."""
     return {"versions": {package: _version(package) for package in _PACKAGES}, "git_revision": _git_revision()}
 
 
 def _git_revision() -> str | None:
-    """Commit of the working directory, with `-dirty` if tracked files are modified; None outside of git."""
+    """Return the commit of the working directory, with `-dirty` if tracked files are modified; None outside of git."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

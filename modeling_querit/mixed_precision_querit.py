@@ -29,7 +29,7 @@ class ComputeDtypes(NamedTuple):
 
 
 def fastest_dtypes(device: torch.device, dtype: torch.dtype) -> ComputeDtypes:
-    """The dtypes that compute fastest with weights of `dtype`: on GPUs and CPUs with matrix units, `dtype` throughout.
+    """Return the fastest dtypes for weights of `dtype`: on GPUs and CPUs with matrix units, `dtype` throughout.
 
     Other CPUs gain next to nothing from hidden states of less than float32, which is more exact. AMD's since Zen 4
     multiply bfloat16 at 2.3 times the speed of float32; CPUs without such instructions multiply bfloat16 at 0.6 of the

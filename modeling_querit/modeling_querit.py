@@ -507,7 +507,7 @@ def prepare_mask(
 
 
 def _linked_positions(may_attend: torch.Tensor) -> torch.Tensor:
-    """Positions that attend to themselves and that attend, or are attended to by, another one; (batch, sequence).
+    """Find positions that attend to themselves and that attend, or are attended to by, another one; (batch, sequence).
 
     Padding sometimes attends to itself, lest its row of the softmax be empty, but has nothing to do with the others.
     """
@@ -519,7 +519,7 @@ def _linked_positions(may_attend: torch.Tensor) -> torch.Tensor:
 
 
 def last_token(hidden_states: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
-    """The state at the last token of each row, whichever side the padding is on: (batch, hidden)."""
+    """Return the state at the last token of each text, whichever side the padding is on: (batch, hidden)."""
     if is_token is None:
         return hidden_states[:, -1]
     positions = torch.arange(is_token.shape[1], device=is_token.device)

@@ -59,7 +59,7 @@ class ExpertsModule(Protocol):
     def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters of the module."""
+        """Return all parameters of the module."""
 
 
 def querit_experts_forward(
@@ -315,7 +315,7 @@ def _weighted_sum(outputs: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 
 def _projections(self: ExpertsModule) -> tuple[Tensor, Tensor]:
-    """Both weights of every expert, (experts, out, in) each."""
+    """Return both weights of every expert, (experts, out, in) each."""
     first = self.gate_up_proj if self.has_gate else self.up_proj
     second = self.down_proj
     return (first.transpose(1, 2), second.transpose(1, 2)) if self.is_transposed else (first, second)
@@ -334,7 +334,7 @@ def _suits_grouped_mm(self: ExpertsModule) -> bool:
 
 
 def _converted(weights: Tensor, experts: list[int], dtype: torch.dtype, name: str) -> Tensor:
-    """The weights of these experts, (experts, out, in), in another dtype."""
+    """Convert the weights of these experts, (experts, out, in), to another dtype."""
     buffer = _buffer(name, (len(experts), *weights.shape[1:]), dtype)
     for index, expert in enumerate(experts):
         buffer[index].copy_(weights[expert])
@@ -346,7 +346,7 @@ def _as_slice(neighbours: list[int]) -> slice:
 
 
 def _sizes(slices: list[slice], total: int) -> list[int]:
-    """Sizes of slices and of the gaps before, between and after them: gap, slice, gap, slice, ..., gap."""
+    """Return sizes of slices and of the gaps before, between and after them: gap, slice, gap, slice, ..., gap."""
     edges = [0, *(edge for piece in slices for edge in (piece.start, piece.stop)), total]
     return [end - start for start, end in itertools.pairwise(edges)]
 
@@ -355,7 +355,7 @@ _buffers = local()
 
 
 def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory that this thread reuses: fresh memory costs a page fault per page."""
+    """Return uninitialised memory that this thread reuses: fresh memory costs a page fault per page."""
     size = torch.Size(shape).numel()
     key = f"{name}_{dtype}"
     buffer = getattr(_buffers, key, None)

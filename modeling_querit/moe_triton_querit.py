@@ -146,7 +146,7 @@ def _place(
 def _tile(
     row_tiles, column_tiles, slots, tile_experts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Expert, assignments and columns of a program; in 64 bits where they are multiplied by the length of a row."""
+    """Return the expert, assignments and columns of a program; in 64 bits where multiplied by the length of a row."""
     pid = tl.program_id(0)
     row, column = tl.swizzle2d(pid // column_tiles, pid % column_tiles, row_tiles, column_tiles, GROUP)
     rows = tl.load(slots + row * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -366,7 +366,7 @@ def experts_backward(
     top_k_weights: torch.Tensor,
     needs: tuple[bool, bool, bool, bool] = (True, True, True, True),
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of `experts_forward`.
+    """Compute the gradients of `experts_forward`.
 
     Args:
         grad_output: Gradient of the output, shape (T, H).

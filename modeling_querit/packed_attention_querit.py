@@ -238,7 +238,7 @@ def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 def _by_segment(pack: Pack, states: Tensor) -> Iterator[Tensor]:
-    """Keys or values of each segment, those of its prefix first: (1, heads, prefix + length, size)."""
+    """Yield keys or values of each segment, those of its prefix first: (1, heads, prefix + length, size)."""
     lengths = [segment.length for segment in pack.segments]
     carried, *segments = states.split([pack.carried_length, *lengths], 2)
     starts = [0, *itertools.accumulate(lengths, initial=pack.carried_length)]
@@ -260,7 +260,7 @@ class _RelativeMask(NamedTuple):
 
 
 def _relative_mask(pack: Pack, window: int | None, is_causal: bool, dtype: torch.dtype) -> _RelativeMask | None:
-    """The mask for all segments of a pack; None where nothing is masked."""
+    """Make the mask for all segments of a pack; None where nothing is masked."""
     if window is None and not is_causal:
         return None
     longest = max(segment.prefix_length + segment.length for segment in pack.segments)
@@ -284,7 +284,7 @@ def _blocked(positions: Tensor, keys: Tensor, window: int | None, is_causal: boo
 def _attend_scored_positions(
     packed_forward: PackedForward, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Attention of the last token of each pair, (1, tokens, heads, value size); zero elsewhere.
+    """Attend from the last token of each pair, (1, tokens, heads, value size); zero elsewhere.
 
     The last token has none after it, so both kinds of attention are the same here.
     """
@@ -404,7 +404,7 @@ def _attend_flash(
 
 
 def _flash_layout(pack: Pack, device: torch.device) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
-    """Indices of all segments' keys end to end, where each segment's queries and keys end, and the most of both."""
+    """Return indices of all segments' keys end to end, where a segment's queries and keys end, and the most of both."""
     keys: list[int] = []
     query_counts, key_counts = [0], [0]
     for segment in pack.segments:

@@ -155,7 +155,7 @@ def check_loaded(name: str | os.PathLike[str], info: dict[str, Any], may_mismatc
 
 
 def missing_experts(folder: str | os.PathLike[str]) -> list[str]:
-    """Keys of single experts that a local checkpoint lacks although it has other experts of their layer."""
+    """Find the keys of single experts that a local checkpoint lacks although it has other experts of their layer."""
     keys: set[str] = set()
     for path in Path(folder).glob("*.safetensors"):
         with safe_open(path, "pt") as tensors:
@@ -167,6 +167,6 @@ def missing_experts(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def name_few(keys: list[str], limit: int = 3) -> str:
-    """The first few of a list of keys, and how many more there are."""
+    """Name the first few of a list of keys, and how many more there are."""
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
     return ", ".join(keys[:limit]) + more

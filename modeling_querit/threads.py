@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A thread pool whose pending jobs are cancelled if the block ends with an error or Ctrl-C.
+    """Yield a thread pool whose pending jobs are cancelled if the block ends with an error or Ctrl-C.
 
     Args:
         count: Most threads at once.

@@ -62,11 +62,11 @@ class BM25FirstStage:
         self.identity: CacheIdentity = ["bm25", version("bm25s"), TOKEN.pattern, key_of(texts).hex()]
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        """For each query its `k` best (document id, score), best first."""
+        """Return for each query its `k` best (document id, score), best first."""
         return [[hit for hit in hits if hit[1] > 0] for hits in self._index.search(queries, k)]
 
     def scores(self, query: str, documents: Sequence[str]) -> list[float]:
-        """BM25 scores of single documents, by id."""
+        """Return the BM25 scores of single documents, by id."""
         return self._index.scores(query, documents)
 
 

@@ -80,7 +80,7 @@ def read_corpus(sources: Sequence[str], dropped: Counter[str]) -> Iterator[Corpu
 
 
 def source_files(source: str) -> list[Path]:
-    """The files that `read_corpus` reads for a source; none for a dataset on the Hub.
+    """List the files that `read_corpus` reads for a source; none for a dataset on the Hub.
 
     Args:
         source: Folder in the BEIR layout, file, or dataset (`NAME:SPLIT`). If a dataset is a local folder, all of
@@ -95,7 +95,7 @@ def source_files(source: str) -> list[Path]:
 
 
 def _rows(source: str, on_error: Callable[[ValueError, bytes], None]) -> Iterator[Any]:
-    """Parsed rows; `on_error` gets the lines that are not JSON in UTF-8."""
+    """Yield parsed rows; `on_error` gets the lines that are not JSON in UTF-8."""
     path = Path(source).expanduser()
     if path.is_dir():
         candidates = [path / name for name in ("corpus.jsonl", "corpus.jsonl.gz") if (path / name).exists()]
@@ -123,7 +123,7 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _clean(row: Any, number: int) -> tuple[CorpusDocument, str | None]:
-    """A document, and the reason to drop it, if there is one."""
+    """Clean a row: return a document, and the reason to drop it, if there is one."""
     if not isinstance(row, Mapping) or not isinstance(row.get("text"), str):
         return {}, "no text"
     title = row.get("title") or ""
@@ -164,7 +164,7 @@ def truncate_all(documents: Iterable[CorpusDocument], max_chars: int, counts: Co
 
 
 def detect_language(text: str) -> str:
-    """ISO 639-1 code of a text's language, by py3langid; `und` if the text is too short or the result too uncertain.
+    """Detect a text's language, as ISO 639-1 code, by py3langid; `und` if it is too short or the result too uncertain.
 
     Example:
         ```python
@@ -282,7 +282,7 @@ def allocate(sizes: Mapping[Key, int], total: int) -> dict[Key, int]:
 
 
 def _clusters(documents: Sequence[CorpusDocument], seed: int) -> list[int]:
-    """Cluster of each document."""
+    """Return the cluster of each document."""
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer

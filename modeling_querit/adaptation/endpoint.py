@@ -214,7 +214,7 @@ class Endpoint:
 
 
 def count_retries(users: Mapping[str, object]) -> Counter[str]:
-    """Retries of generators or teachers that have an `endpoint`, as `name reason` -> number."""
+    """Count the retries of generators or teachers that have an `endpoint`, as `name reason` -> number."""
     endpoints = {name: user.endpoint for name, user in users.items() if hasattr(user, "endpoint")}
     return Counter(
         {
@@ -237,7 +237,7 @@ def _read_key(variable: str | None) -> str | None:
 
 
 def _requested_wait(state: RetryCallState) -> float | None:
-    """Seconds that the server asked to wait."""
+    """Return the seconds that the server asked to wait."""
     return getattr(_last_error(state), "wait", None)
 
 
@@ -246,7 +246,7 @@ def _last_error(state: RetryCallState) -> BaseException | None:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds of the header `Retry-After`, at most a minute; None if it has none, or a date."""
+    """Return the seconds of the header `Retry-After`, at most a minute; None if it has none, or a date."""
     try:
         seconds = float(response.headers.get("retry-after", ""))
     except ValueError:

@@ -105,7 +105,7 @@ def filter_queries(
 
 
 def _failed_round_trips(queries: Sequence[Query], first_stage: Retriever | None, depth: int) -> set[str]:
-    """Ids of the queries whose document is not among the first stage's best `depth`."""
+    """Return the ids of the queries whose document is not among the first stage's best `depth`."""
     if first_stage is None or not depth or not queries:
         return set()
     rankings = first_stage.search([query.text for query in queries], depth)
@@ -138,7 +138,7 @@ def _is_in_language(text: str, language: str) -> bool:
 
 
 def copied_share(tokens: Sequence[str], document: CorpusDocument) -> float:
-    """Share of a query's tokens in the longest piece that the document contains verbatim, in [0, 1].
+    """Return the share of a query's tokens in the longest span that the document contains verbatim, in [0, 1].
 
     Example:
         ```python

@@ -107,7 +107,7 @@ class TransformersGenerator:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[QueryRequest]) -> list[str]:
-        """The first line of the model's answer to each request; empty where the answer is cut off within it."""
+        """Return the first line of the model's answer to each request; empty where the answer is cut off within it."""
         model, tokenizer = self._model_and_tokenizer
         prompts = [self.prompt_of(request) for request in requests]
         is_chat = tokenizer.chat_template is not None
@@ -130,7 +130,7 @@ class TransformersGenerator:
         ]
 
     def prompt_of(self, request: QueryRequest) -> str:
-        """The text that the model continues."""
+        """Return the text that the model continues."""
         _, tokenizer = self._model_and_tokenizer
         request = _truncated(request, self.max_chars)
         # The name of a special token in a document would be tokenized as that token.
@@ -143,7 +143,7 @@ class TransformersGenerator:
 
 
 def _end_tokens(model: PreTrainedModel) -> list[int]:
-    """Ids of the tokens that end an answer."""
+    """Return the ids of the tokens that end an answer."""
     ends = model.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
@@ -187,7 +187,7 @@ class EndpointGenerator:
         self.identity: CacheIdentity = ["endpoint", self.payload, version, template, max_chars, seed]
 
     def generate(self, requests: Sequence[QueryRequest]) -> list[str | None]:
-        """The first line of each answer; None where the server refused, or its last answer was malformed."""
+        """Return the first line of each answer; None where the server refused, or its last answer was malformed."""
         return self.endpoint.map(self._generate_one, requests)
 
     def _generate_one(self, request: QueryRequest) -> str | None:
@@ -231,7 +231,7 @@ def make_generators(settings: Mapping[str, Mapping[str, Any]], extractive: Extra
 
 
 def _content(answer: Any) -> str:
-    """The query in an answer of `/chat/completions`."""
+    """Return the query in an answer of `/chat/completions`."""
     choice = answer["choices"][0]
     content = choice["message"]["content"]
     if not isinstance(content, str):
@@ -245,7 +245,7 @@ def _is_one_line(text: str) -> bool:
 
 
 def first_line(text: str) -> str:
-    """The first line of an answer that is not blank, without quotes, list marker or field name around it.
+    """Return the first line of an answer that is not blank, without quotes, list marker or field name around it.
 
     Example:
         ```python

@@ -59,7 +59,7 @@ class Manifest:
         return self._read().get("stages", {})
 
     def finished(self, stage: str, fingerprint: str) -> Counts | None:
-        """Counts of a stage that finished with this fingerprint and whose files are unchanged; None otherwise."""
+        """Return the counts of a stage that finished with this fingerprint and unchanged files; None otherwise."""
         record = self.stages.get(stage)
         if not isinstance(record, dict) or record.get("fingerprint") != fingerprint:
             return None
@@ -125,7 +125,7 @@ class Dependencies:
 
 
 def fingerprint_of(settings: AdaptSettings, inputs: Sequence[Path], dependencies: Dependencies) -> str:
-    """Fingerprint of all that the result of a stage depends on, in hexadecimal.
+    """Return the fingerprint of all that the result of a stage depends on, in hexadecimal.
 
     Args:
         settings: Settings of the run.
@@ -140,14 +140,14 @@ def fingerprint_of(settings: AdaptSettings, inputs: Sequence[Path], dependencies
 
 
 def model_identities(names: Iterable[str]) -> dict[str, Any]:
-    """Hashes of models in folders, and versions of models in packages, by name; repositories are left out."""
+    """Return the fingerprints of models in folders and in packages, by name; repositories are left out."""
     names = set(names)
     packages = {name: version(PACKAGES[name]) for name in names if name in PACKAGES}
     return packages | {name: identity_of(name) for name in names if name == MINI_NAME or Path(name).is_dir()}
 
 
 def summarize(counts: Mapping[str, Any]) -> str:
-    """Counts as one line.
+    """Format counts as one line.
 
     Example:
         ```python

@@ -83,7 +83,7 @@ def instruction_of(request: QueryRequest, template: str = INSTRUCTION) -> str:
 
 
 def messages_of(request: QueryRequest, template: str = INSTRUCTION) -> list[dict[str, str]]:
-    """Conversation for models with a chat template: one message of the user."""
+    """Make the conversation for models with a chat template: one message of the user."""
     content = instruction_of(request, template)
     if request.examples:
         content += "\n\nWhat people search this collection for:\n" + _bullets(request.examples)
@@ -93,7 +93,7 @@ def messages_of(request: QueryRequest, template: str = INSTRUCTION) -> list[dict
 
 
 def completion_of(request: QueryRequest, shots: Sequence[tuple[CorpusDocument, str]] = ()) -> str:
-    """Few-shot prompt for models without a chat template.
+    """Make a few-shot prompt for models without a chat template.
 
     Args:
         request: The query to be written.
@@ -114,7 +114,7 @@ def without_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def _as_sentences(document: CorpusDocument) -> str:
-    """Title and text as prose: a base model continues sentences better than fields that run together."""
+    """Join title and text as prose: a base model continues sentences better than fields that run together."""
     return f"{document['title']}. {document['text']}" if document["title"] else document["text"]
 
 

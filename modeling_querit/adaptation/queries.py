@@ -71,7 +71,7 @@ def check_styles(styles: Mapping[str, float], per_document: int) -> None:
 
 
 def _draw_styles(weights: Mapping[str, float], count: int, rng: random.Random) -> list[str]:
-    """Weighted sampling without replacement (Efraimidis and Spirakis, 2006)."""
+    """Draw styles by weight, without replacement (Efraimidis and Spirakis, 2006)."""
     return sorted(sorted(weights), key=lambda style: rng.expovariate(weights[style]))[:count]
 
 

@@ -101,7 +101,7 @@ def _stages_section(stages: Mapping[str, StageRecord]) -> str:
 
 
 def _teachers_section(settings: AdaptSettings, rows: Sequence[ScoredRow]) -> str:
-    """How teachers rank the document that a query was written for: the best guess of their quality without labels."""
+    """Describe how teachers rank the source document of a query: the best guess of their quality without labels."""
     positives = [(row["scores"], row["positive"]) for row in rows if row["positive"] is not None]
     if not positives:
         return ""

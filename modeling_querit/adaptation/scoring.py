@@ -142,7 +142,7 @@ def make_rows(
 def pairs_of(
     candidates: Iterable[Candidates], queries: Mapping[str, str], documents: Mapping[str, CorpusDocument]
 ) -> list[TeacherPair]:
-    """Pairs of every query with its candidates."""
+    """Pair every query with its candidates."""
     return [
         (queries[candidate["query"]], documents[name]) for candidate in candidates for name in candidate["documents"]
     ]

@@ -119,7 +119,7 @@ class QuerySettings(Section):
     )
 
     def limits(self) -> QueryLimits:
-        """Limits of the filters."""
+        """Return the limits of the filters."""
         names = ("min_tokens", "max_tokens", "max_copied", "same_language", "round_trip")
         extractive = [name for name, options in self.generators.items() if options.get("type", name) == EXTRACTIVE]
         return QueryLimits(may_copy=(EXTRACTIVE, *extractive), **{name: getattr(self, name) for name in names})
@@ -142,7 +142,7 @@ class CandidateSettings(Section):
     tail: int = Field(2, ge=0, description="Candidates from all other documents.")
 
     def bands(self) -> Bands:
-        """Number of candidates from each part of a ranking.
+        """Return the number of candidates from each part of a ranking.
 
         Raises:
             ValueError: if there are fewer than two in all.
@@ -172,7 +172,7 @@ class TeacherSettings(Section):
         return self
 
     def model_name(self, name: str) -> str | None:
-        """The model that a teacher of this name loads; None for one behind a server, which has a `url`."""
+        """Return the model that a teacher of this name loads; None for one behind a server, which has a `url`."""
         options = self.model_extra or {}
         default = MINI_NAME if (self.type or name) == CROSS_ENCODER else name
         return None if "url" in options else options.get("model", default)
@@ -210,7 +210,7 @@ class AdaptSettings(Section):
         return {name: teacher.calibration for name, teacher in self.teachers.items()}
 
     def training(self, rows: Path, output_dir: Path) -> dict[str, Any]:
-        """Settings of `querit train`: the section `train` over the defaults, and what the pipeline decides.
+        """Make the settings of `querit train`: the section `train` over the defaults, and what the pipeline decides.
 
         Args:
             rows: File of the training rows.
@@ -227,7 +227,7 @@ class AdaptSettings(Section):
         return _TRAIN_DEFAULTS | self.train | reserved
 
     def local_models(self, sections: Collection[str]) -> list[str]:
-        """Names of the models that sections load on this machine; models behind a server have a `url`.
+        """List the models that sections load on this machine; models behind a server have a `url`.
 
         Args:
             sections: Names among queries, candidates, teachers and train; others name no models.
@@ -301,7 +301,7 @@ def construct(
 
 
 def first_error(error: ValidationError) -> str:
-    """The first of pydantic's errors, as a sentence that names the setting."""
+    """Return the first of pydantic's errors, as a sentence that names the setting."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     return f"{where}: {first['msg']}."

@@ -115,7 +115,7 @@ class CrossEncoderTeacher:
         return CrossEncoder(self.name, max_length=self.max_length, model_kwargs={"dtype": self.dtype})
 
     def score(self, pairs: Sequence[TeacherPair]) -> list[float]:
-        """Scores of a Querit model, in [-1, 1]; of another, the output of its `predict`."""
+        """Return scores of a Querit model, in [-1, 1]; of another, the output of its `predict`."""
         if self.library == "querit":
             options: dict[str, Any] = {"max_length": self.max_length, "instruction": self.instruction}
             return self._querit_model.predict(list(pairs), show_progress_bar=False, **options).tolist()
@@ -183,7 +183,7 @@ class CausalLMTeacher:
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[TeacherPair]) -> list[float]:
-        """Logit differences."""
+        """Return logit differences."""
         model, tokenizer, yes, no = self._loaded
         input_ids = [self._encode(query, document_text(document)) for query, document in pairs]
         inputs = tokenizer.pad({"input_ids": input_ids}, return_tensors="pt").to(model.device)
@@ -194,7 +194,7 @@ class CausalLMTeacher:
         return (logits[:, yes] - logits[:, no]).tolist()
 
     def _encode(self, query: str, document: str) -> list[int]:
-        """Token ids of the prompt, with the document truncated so that what follows it stays."""
+        """Tokenize the prompt, with the document truncated so that what follows it stays."""
         tokenizer = self._loaded.tokenizer
         query, document = (without_special_tokens(text, tokenizer) for text in (query, document))
         before, after = (
@@ -231,7 +231,7 @@ class FirstStageTeacher:
         return ["first-stage", self.stage.identity]
 
     def score(self, pairs: Sequence[TeacherPair]) -> list[float]:
-        """BM25 scores or cosines."""
+        """Return the BM25 scores or cosines."""
         scores: list[float] = []
         for query, group in groupby(pairs, key=lambda pair: pair[0]):
             scores += self.stage.scores(query, [document["_id"] for _, document in group])
@@ -269,7 +269,7 @@ class EndpointTeacher:
         self.identity: CacheIdentity = ["endpoint", self.payload, version, max_chars]
 
     def score(self, pairs: Sequence[TeacherPair]) -> list[float | None]:
-        """Scores; None for the pairs of a query that the server refused, or whose last answer was malformed."""
+        """Return scores; None for the pairs of a query that the server refused, or whose last answer was malformed."""
         queries = [
             (query, [document for _, document in group]) for query, group in groupby(pairs, key=lambda pair: pair[0])
         ]
@@ -324,12 +324,12 @@ def make_teachers(
 
 
 def teacher_type(name: str, settings: TeacherSettings, first_stages: Sequence[str] | Mapping[str, FirstStage]) -> str:
-    """The type of a teacher: its `type`, or else `first-stage` if its name is that of one, or else its name."""
+    """Return the type of a teacher: its `type`, or else `first-stage` if its name is that of one, or else its name."""
     return settings.type or (FIRST_STAGE if name in first_stages or is_first_stage(name) else name)
 
 
 def _scores_by_index(results: Sequence[Mapping[str, Any]], count: int) -> list[float | None]:
-    """Scores in the order of the documents, from results in the order of the scores."""
+    """Sort scores into the order of the documents, from results in the order of the scores."""
     scores = {result["index"]: result["relevance_score"] for result in results}
     if len(results) != count or scores.keys() != set(range(count)):
         raise Malformed(f"The answer to {count} documents has {len(results)} scores.")

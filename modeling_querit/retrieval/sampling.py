@@ -14,7 +14,7 @@ class Retriever(Protocol):
     """A first stage: `BM25`, `DenseIndex`, or any index with the same method."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        """For each query its `k` best (document id, score), best first."""
+        """Return for each query its `k` best (document id, score), best first."""
 
 
 @dataclass(frozen=True)

@@ -364,7 +364,7 @@ _HELP_EXAMPLE = "Example: querit train examples/train_mini.yaml --output_dir run
 
 
 def parse(argv: Sequence[str]) -> TrainingSettings:
-    """Settings from a command line: `CONFIG.yaml` first, if at all, then flags, which win.
+    """Parse the settings of a command line: `CONFIG.yaml` first, if at all, then flags, which win.
 
     Raises:
         ValueError: if a setting is unknown, not of its type, or contradicts another.
@@ -389,7 +389,7 @@ class _Parser(HfArgumentParser):
 
 
 def settings_from_mapping(mapping: Mapping[str, Any], where: str) -> TrainingSettings:
-    """Settings from a mapping, as YAML gives it.
+    """Make settings from a mapping, as YAML gives it.
 
     Args:
         mapping: Values by the name of the setting; None leaves the default.
@@ -414,7 +414,7 @@ def _settings_from_values(values: Mapping[str, Any]) -> TrainingSettings:
 
 
 def _typed_values(mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of a mapping as the dataclasses take them; see `settings_from_mapping`."""
+    """Convert the values of a mapping to what the dataclasses take; see `settings_from_mapping`."""
     known = {setting.name: setting for part in _PARTS for setting in dataclasses.fields(part) if setting.init}
     annotations = {name: kind for part in _PARTS for name, kind in typing.get_type_hints(part).items()}
     typed = {}
@@ -432,7 +432,7 @@ def _typed_values(mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _typed(value: Any, annotation: Any, metadata: Mapping[str, Any]) -> Any:
-    """A value of YAML as the type that a field is annotated with."""
+    """Convert a value of YAML to the type that a field is annotated with."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     alternatives = typing.get_args(annotation) if is_union else (annotation,)
     if isinstance(value, bool):
@@ -456,7 +456,7 @@ _LENIENT = ConfigDict(coerce_numbers_to_str=True, arbitrary_types_allowed=True)
 
 
 def _with_home(value: Any) -> Any:
-    """A path, or each path of a list, with the home folder in place of `~`."""
+    """Expand `~` in a path, or in each path of a list, to the home folder."""
     if isinstance(value, list):
         return [_with_home(element) for element in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
@@ -487,7 +487,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def changed_settings(arguments: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults, without objects and secrets.
+    """Return the fields of a dataclass that differ from their defaults, without objects and secrets.
 
     Args:
         arguments: One of the four dataclasses of a run.

@@ -69,7 +69,7 @@ class Calibration:
         return cls(method, *METHODS[method].fit(values))
 
     def apply(self, scores: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Labels of scores.
+        """Turn scores into labels.
 
         Args:
             scores: Scores of the same teacher, (documents,); NaN where unknown.
@@ -187,7 +187,7 @@ class Teachers:
         return cls(calibrations, weights)
 
     def labels(self, scores: Mapping[str, Sequence[float | None] | None]) -> list[float]:
-        """Soft labels of the documents of a row.
+        """Return the soft labels of the documents of a row.
 
         Args:
             scores: Scores of the documents by name of the teacher; None where it was not asked.

@@ -100,7 +100,7 @@ class HealthCallback(TrainerCallback):
                 return
 
     def _symptoms(self, logs: LogEntry, state: TrainerState) -> dict[str, str]:
-        """Symptoms by name, with advice that ends in "a", for `on_log` to complete."""
+        """Find symptoms, by name, with advice that ends in "a", for `on_log` to complete."""
         symptoms = {}
         if not all(math.isfinite(logs.get(name, 0.0)) for name in ("loss", "grad_norm")):
             symptoms["nan"] = "Loss or gradients are not finite: use bf16 or float32 if this is fp16, and a"
@@ -163,7 +163,7 @@ class LogMetricsCallback(TrainerCallback, ABC):
 
     @abstractmethod
     def log_metrics(self) -> dict[str, float]:
-        """Metrics over the steps since the last call, by name."""
+        """Return the metrics over the steps since the last call, by name."""
 
 
 class PlotCallback(TrainerCallback):
@@ -205,7 +205,7 @@ def draw_run(history: Sequence[LogEntry], path: str | Path) -> bool:
 
 
 def _lines(history: Sequence[LogEntry], patterns: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
-    """Metric -> its (step, value) points, for the metrics that match a pattern."""
+    """Collect the (step, value) points of each metric that matches a pattern."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for entry in history:
         for name, value in entry.items():

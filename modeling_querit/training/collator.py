@@ -46,7 +46,7 @@ class RankingCollator:
         self.share_prefix = share_prefix
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """One batch of all pairs of the rows, which `check_row` has passed."""
+        """Make one batch of all pairs of the rows, which `check_row` has passed."""
         pairs = [
             (index, document, label)
             for index, row in enumerate(rows)
@@ -64,7 +64,7 @@ class RankingCollator:
         }
 
     def labels_of(self, row: Row) -> Sequence[float]:
-        """The labels of a row's documents, one each.
+        """Return the labels of a row's documents, one each.
 
         Raises:
             ValueError: if the row has none.
@@ -75,7 +75,7 @@ class RankingCollator:
         return labels
 
     def _pack(self, input_ids: list[list[int]], query_ids: list[int]) -> dict[str, Any]:
-        """All pairs in a single pack, however many tokens they are."""
+        """Put all pairs into a single pack, however many tokens they are."""
         groups: list[list[int]] = [[] for _ in range(query_ids[-1] + 1)]
         for pair, query_id in enumerate(query_ids):
             groups[query_id].append(pair)

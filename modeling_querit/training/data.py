@@ -136,7 +136,7 @@ def _fits_float32(value: Real) -> bool:
 
 
 def row_length(row: Row) -> int:
-    """Characters of a row's pairs, each of which repeats the query: near enough to computing time to sort by."""
+    """Count the characters of a row's pairs, each of which repeats the query: a proxy of computing time to sort by."""
     texts = (document if isinstance(document, str) else document["text"] for document in row["documents"])
     return len(row["query"]) * len(row["documents"]) + sum(map(len, texts))
 
@@ -230,7 +230,7 @@ def _reject(error: ValueError, row: Any, rejects: Rejects | None) -> None:
 
 
 def checked_rows(located_rows: Iterable[tuple[str, Any]], rejects: Rejects | None = None) -> Iterator[Row]:
-    """The rows that pass `check_row`.
+    """Yield the rows that pass `check_row`.
 
     Args:
         located_rows: Pairs of the location of a row, for error messages, and the row.
@@ -249,7 +249,7 @@ def checked_rows(located_rows: Iterable[tuple[str, Any]], rejects: Rejects | Non
 
 
 def read_rows(path: str | os.PathLike[str], rejects: Rejects | None = None) -> Iterator[Row]:
-    """The rows of a file, one after the other, checked.
+    """Read the rows of a file, one after the other, checked.
 
     Args:
         path: A `.jsonl` or `.json` file with one row per line, also gzipped (`.gz`), or a `.parquet` file.
@@ -269,7 +269,7 @@ def read_rows(path: str | os.PathLike[str], rejects: Rejects | None = None) -> I
 
 
 def read_table(name: str, split: str, rejects: Rejects | None = None) -> Iterator[Row]:
-    """The rows of a dataset on the Hub, streamed by `datasets` and checked.
+    """Stream the rows of a dataset on the Hub by `datasets`, checked.
 
     Args:
         name: Name of the dataset.

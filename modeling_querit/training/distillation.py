@@ -36,7 +36,7 @@ class DistillationCollator(RankingCollator):
         self.teachers = teachers
 
     def labels_of(self, row: Row) -> Sequence[float]:
-        """The soft labels of a row's documents; NaN for one that no teacher scored."""
+        """Return the soft labels of a row's documents; NaN for one that no teacher scored."""
         scores = row.get("scores")
         return self.teachers.labels(scores) if scores else super().labels_of(row)
 
@@ -93,7 +93,7 @@ class QueritDistillationTrainer(QueritTrainer):
 
 
 def _teacher_scores(rows: Iterable[Row]) -> Iterator[dict[str, Sequence[float | None]]]:
-    """The scores of each row, without teachers that were not asked."""
+    """Yield the scores of each row, without teachers that were not asked."""
     limit = None if hasattr(rows, "__len__") else _CALIBRATION_ROWS
     for number, row in enumerate(itertools.islice(rows, limit)):
         scores = row.get("scores")

@@ -26,7 +26,7 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def router_of(layer: nn.Module) -> nn.Module | None:
-    """The module of a mixture layer that chooses experts."""
+    """Find the module of a mixture layer that chooses experts."""
     return next((router for name in _ROUTER_NAMES if (router := getattr(layer, name, None)) is not None), None)
 
 
@@ -122,7 +122,7 @@ class ExpertLoadCallback(LogMetricsCallback):
         self._step_counts = {}
 
     def log_metrics(self) -> dict[str, float]:
-        """Metrics of the expert load over the steps since the last call, by name."""
+        """Return the metrics of the expert load over the steps since the last call, by name."""
         by_layer = {name: load_metrics(counts) for name, counts in self._log_counts.items()}
         self._log_counts = {}
         if not by_layer:
@@ -143,7 +143,7 @@ class ExpertLoadCallback(LogMetricsCallback):
 
 
 def load_metrics(counts: Tensor) -> dict[str, float]:
-    """How evenly tokens are distributed over experts.
+    """Measure how evenly tokens are distributed over experts.
 
     Args:
         counts: Tokens of each expert, (experts,), integers.

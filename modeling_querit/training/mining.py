@@ -24,7 +24,7 @@ def mine_rows(
     max_chars: int | None = None,
     seed: int = 0,
 ) -> list[Row]:
-    """One row per query: a document judged relevant, and negatives drawn from bands of the query's ranking.
+    """Mine one row per query: a document judged relevant, and negatives drawn from bands of the query's ranking.
 
     The ranking is the collection's candidate list of the query, where there is one, and the retriever's otherwise.
     Documents judged relevant are never negatives.
@@ -95,7 +95,7 @@ def validation_rows(
 
 
 def _make_row(collection: Collection, query: str, labels: dict[str, int]) -> Row:
-    """A row of one query; `labels` by document id, in the order of the row."""
+    """Make a row of one query; `labels` by document id, in the order of the row."""
     return {
         "query": collection.queries[query],
         "documents": [dict(collection.documents[name]) for name in labels],
@@ -107,7 +107,7 @@ def _make_row(collection: Collection, query: str, labels: dict[str, int]) -> Row
 def _below_positive(
     collection: Collection, query: str, positive: str, ranked: list[str], guard: Reranker, margin: float
 ) -> list[str]:
-    """The documents of a ranking that the guard scores below the positive by more than the margin."""
+    """Return the documents of a ranking that the guard scores below the positive by more than the margin."""
     # As text: a guard need not know titles.
     texts = [document_text(dict(collection.documents[name])) for name in (positive, *ranked)]
     scores = guard.predict([(collection.queries[query], text) for text in texts])
@@ -116,7 +116,7 @@ def _below_positive(
 
 
 def _best_documents(collection: Collection, max_chars: int | None) -> dict[str, list[str]]:
-    """Query id -> its documents with the highest grade above 0, as far as the collection has them."""
+    """Return for each query its documents with the highest grade above 0, as far as the collection has them."""
     best_documents = {}
     for query, grades in collection.qrels.items():
         highest = max(grades.values())
@@ -131,7 +131,7 @@ def _best_documents(collection: Collection, max_chars: int | None) -> dict[str, 
 def _rankings(
     collection: Collection, queries: list[str], depth: int, retriever: Retriever | None
 ) -> dict[str, list[str]]:
-    """Query id -> documents to draw negatives from: its candidate list if there is one, or else the first stage's."""
+    """Return per query the documents to draw negatives from: its candidate list, or else the first stage's ranking."""
     rankings = {query: collection.candidates[query] for query in queries if query in collection.candidates}
     unlisted = [query for query in queries if query not in rankings]
     if unlisted:

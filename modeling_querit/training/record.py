@@ -31,7 +31,7 @@ Record = dict[str, Any]
 
 
 def make_record(settings: TrainingSettings, files: Iterable[Path], processes: int) -> Record:
-    """What `train.json` holds, except for the hash of the rows.
+    """Make what `train.json` holds, except for the hash of the rows.
 
     Args:
         settings: Settings of the run.
@@ -93,12 +93,12 @@ def _check_same_run(output_dir: Path, record: Record) -> None:
 
 
 def _parsed(value: Any) -> Any:
-    """A recorded setting; records of earlier versions hold mappings as JSON text."""
+    """Return a recorded setting; records of earlier versions hold mappings as JSON text."""
     return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The last complete checkpoint of a run; a killed process may have left an incomplete one."""
+    """Find the last complete checkpoint of a run; a killed process may have left an incomplete one."""
     checkpoints = sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step, reverse=True)
     return next((path for path in checkpoints if _step(path) >= 0 and _is_complete(path)), None)
 

@@ -163,7 +163,7 @@ def _save(trainer: QueritTrainer, processor: QueritProcessor, model_args: ModelA
 
 
 def _unsharded(model_args: ModelArguments, weights: dict[str, torch.Tensor]) -> QueritForSequenceRanking | PeftModel:
-    """The model as it was before FSDP wrapped it, with the trained weights."""
+    """Return the model as it was before FSDP wrapped it, with the trained weights."""
     model = load_for_training(model_args.model)
     trained = _with_lora(model, model_args) if model_args.lora_rank else model
     trained.load_state_dict(weights)

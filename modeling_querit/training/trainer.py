@@ -75,7 +75,7 @@ class QueritTrainer(Trainer):
 
     @staticmethod
     def make_collator(model: torch.nn.Module, args: QueritTrainingArguments) -> RankingCollator:
-        """A collator for a model, which packs where the model can."""
+        """Make a collator for a model, which packs where the model can."""
         base = _base_model(model)
         packing = args.packing and can_train_packed(base)
         return RankingCollator(base.processor, args.max_length, packing=packing, share_prefix=is_causal(base.model))
@@ -89,7 +89,7 @@ class QueritTrainer(Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer; if the head has a learning rate of its own, in parameter groups of its own."""
+        """Create the Trainer's optimizer; a head with its own learning rate gets its own parameter groups."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.args.head_learning_rate is not None:
@@ -116,7 +116,7 @@ class QueritTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The weighted sum of the chosen losses over one batch of whole queries.
+        """Compute the weighted sum of the chosen losses over one batch of whole queries.
 
         Args:
             model: Model, in whatever wrapper.
@@ -143,12 +143,12 @@ class QueritTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _loss_sums(self, values: dict[str, Tensor], labels: Tensor, query_ids: Tensor) -> Tensor:
-        """The sum of each loss over its items, (losses,)."""
+        """Sum each loss over its items, (losses,)."""
         losses = self.losses.values()
         return torch.stack([loss.function(values[loss.output], labels, query_ids, reduction="sum") for loss in losses])
 
     def _count(self, labels: Tensor, query_ids: Tensor) -> Tensor:
-        """The number of items of each loss, (losses,)."""
+        """Count the items of each loss, (losses,)."""
         return torch.tensor(
             [count_items(loss, labels, query_ids) for loss in self.losses.values()], device=labels.device
         )
@@ -194,7 +194,7 @@ class QueritTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss, scores and labels of a batch; scores and labels are (queries, documents), padded with -100."""
+        """Return loss, scores and labels of a batch; scores and labels are (queries, documents), padded with -100."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -207,7 +207,7 @@ class QueritTrainer(Trainer):
         return loss, _by_query(outputs.score.squeeze(-1), query_ids), _by_query(inputs["labels"], query_ids)
 
     def _query_sums(self, values: dict[str, Tensor], labels: Tensor, query_ids: Tensor) -> Tensor:
-        """For each query, the sum of each loss and its number of items, (queries, 2, losses), float64."""
+        """Return, per query, the sum of each loss and its number of items, (queries, 2, losses), float64."""
         query_sums = []
         for query_id in query_ids.unique():
             in_query = query_ids == query_id  # (pairs,)
@@ -288,18 +288,18 @@ class LengthSampler(LengthGroupedSampler):
 
 
 def _base_model(model: torch.nn.Module) -> QueritForSequenceRanking:
-    """The reranker within a peft model, or the reranker itself."""
+    """Return the reranker within a peft model, or the reranker itself."""
     return cast(QueritForSequenceRanking, getattr(model, "get_base_model", lambda: model)())
 
 
 def _scores_and_logits(outputs: QueritOutput) -> dict[str, Tensor]:
-    """What losses are computed on, by `Loss.output`, (pairs,) each."""
+    """Return what losses are computed on, by `Loss.output`, (pairs,) each."""
     logits = outputs["logits"]  # (pairs, 2)
     return {"score": outputs["score"].squeeze(-1), "logit": logits[:, 1] - logits[:, 0]}
 
 
 def _by_query(values: Tensor, query_ids: Tensor) -> Tensor:
-    """Values of each query in a row, (queries, documents), padded with -100 as the Trainer pads."""
+    """Lay out the values of each query, (queries, documents), padded with -100 as the Trainer pads."""
     rows = [values[query_ids == query_id] for query_id in query_ids.unique()]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
