@@ -141,7 +141,7 @@ class PackedForward:
             raise PackingError("dropout in its attention")
         is_causal = kwargs.get("is_causal")
         if (getattr(module, "is_causal", True) if is_causal is None else is_causal) != self.is_causal:
-            raise PackingError("layers that attend to later tokens, unlike others or unlike what its config says")
+            raise PackingError("layers whose attention direction differs from the others' or from the config")
         config = getattr(module, "config", None)
         if window is None and getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):
             raise PackingError("a sliding window that is only in its mask")

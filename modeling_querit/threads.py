@@ -12,7 +12,7 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
     """Yield a thread pool whose pending jobs are cancelled if the block ends with an error or Ctrl-C.
 
     Args:
-        count: Most threads at once.
+        count: Maximum number of threads.
 
     Example:
         ```python

@@ -45,7 +45,7 @@ class Evaluation:
         candidates: The documents that every system put in order, with their first-stage scores.
         metrics: Metric (`ndcg_at_10`, `mrr_at_10`) -> system -> query id -> value in [0, 1]. Systems are `random` (the
             value expected of a random order), `first_stage`, each reranker, each reranker's scores added to those of
-            the first stage (`fused(name)`), and `best_order`: what a perfect reranker would reach.
+            the first stage (`fused(name)`), and `best_order`, the oracle order: what a perfect reranker would reach.
         seed: Seed of intervals and p-values.
     """
 

@@ -140,7 +140,7 @@ def search_merge(
     (`evaluations` permitting) gradients that rise or fall through the layers. Gram matrices are computed only once.
     Beside the merged model, the folder holds the metrics of all trials and a plot of them.
 
-    The metrics of the chosen merge are optimistic on the collections it was chosen by: measure it on others.
+    The metrics of the chosen merge are optimistic on the collections it was chosen on: measure it on others.
 
     Args:
         recipe: Recipe of two models, without `t`.

@@ -168,7 +168,7 @@ class RankingDataset(Dataset[Row]):
         """Read files with one row per line.
 
         Raises:
-            ValueError: if a row is broken; the message names file and line.
+            ValueError: if a row is invalid; the message names file and line.
         """
         dataset = cls([])
         dataset.rows = [row for path in paths for row in read_rows(path)]
@@ -182,7 +182,7 @@ class RankingDataset(Dataset[Row]):
 
 
 class Rejects:
-    """A JSONL file of broken rows: the error, which names file and line, and the row as it was.
+    """A JSONL file of invalid rows: the error, which names file and line, and the row as it was.
 
     Args:
         path: File to write anew; it exists only if a row was rejected. None: rejected rows are only counted.
@@ -234,10 +234,10 @@ def checked_rows(located_rows: Iterable[tuple[str, Any]], rejects: Rejects | Non
 
     Args:
         located_rows: Pairs of the location of a row, for error messages, and the row.
-        rejects: Where broken rows go.
+        rejects: Collector of invalid rows.
 
     Raises:
-        ValueError: if a row is broken and `rejects` is None.
+        ValueError: if a row is invalid and `rejects` is None.
     """
     for where, row in located_rows:
         try:
@@ -253,11 +253,11 @@ def read_rows(path: str | os.PathLike[str], rejects: Rejects | None = None) -> I
 
     Args:
         path: A `.jsonl` or `.json` file with one row per line, also gzipped (`.gz`), or a `.parquet` file.
-        rejects: Where broken rows go.
+        rejects: Collector of invalid rows.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a row is broken and `rejects` is None; the message names file and line.
+        ValueError: if a row is invalid and `rejects` is None; the message names file and line.
     """
     if str(path).endswith(".parquet"):
         located_rows = _read_parquet(Path(path), rejects)
@@ -274,10 +274,10 @@ def read_table(name: str, split: str, rejects: Rejects | None = None) -> Iterato
     Args:
         name: Name of the dataset.
         split: Name of the split.
-        rejects: Where broken rows go.
+        rejects: Collector of invalid rows.
 
     Raises:
-        ValueError: if a row is broken and `rejects` is None.
+        ValueError: if a row is invalid and `rejects` is None.
     """
     from datasets import load_dataset
 

@@ -41,7 +41,7 @@ def prepare(settings: TrainingSettings, output_dir: Path) -> tuple[list[Row] | I
     """Prepare training and validation rows.
 
     The main process writes them, before the other processes read them: `train.json` (settings, versions, hashes),
-    `train_rows.jsonl` and, if there are broken rows, `rejects.jsonl`.
+    `train_rows.jsonl` and, if there are invalid rows, `rejects.jsonl`.
 
     Args:
         settings: Settings of the run.
@@ -106,7 +106,7 @@ def _write(rows: list[Row] | None, record: Record, output_dir: Path) -> None:
 
 def _warn_of(rejects: Rejects) -> None:
     if rejects.count:
-        logger.warning("%d broken rows were written to %s.", rejects.count, rejects.path)
+        logger.warning("%d invalid rows were written to %s.", rejects.count, rejects.path)
 
 
 def _files(args: DataArguments) -> list[Path]:

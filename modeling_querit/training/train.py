@@ -54,7 +54,7 @@ def train(settings: TrainingSettings, callbacks: Sequence[TrainerCallback] = ())
     """Train a reranker, and write the whole model to `output_dir/model`, its adapter alone to `output_dir/adapter`.
 
     Beside them are written: `train.json` (settings, versions, git revision, hashes of the data), `train_rows.jsonl`,
-    `rejects.jsonl` (broken rows), `teachers.json` (calibrations, in distillation) and `training.png`.
+    `rejects.jsonl` (invalid rows), `teachers.json` (calibrations, in distillation) and `training.png`.
 
     Args:
         settings: Settings of the run.

@@ -79,7 +79,7 @@ def test_validation_sources_are_named_after_their_folder_or_file(run, tmp_path):
 def test_broken_rows_are_written_to_a_file_of_their_own(run, tmp_path, caplog):
     rows, _ = run([*ROWS, {"query": "no documents"}])
     assert rows == ROWS
-    assert "1 broken rows were written to" in caplog.text
+    assert "1 invalid rows were written to" in caplog.text
     assert rejected(tmp_path)[0].startswith(f"{tmp_path / 'rows.jsonl'}, line 7: no 'documents'")
 
 
