@@ -250,11 +250,11 @@ def test_dropout_is_refused():
 def test_a_module_that_attends_otherwise_than_the_backbone_is_refused(is_causal):
     module = nn.Module()
     module.is_causal = not is_causal
-    with pytest.raises(PackingError, match="later"):
+    with pytest.raises(PackingError, match="attention direction"):
         attend_once(module, backbone_is_causal=is_causal)
     # An argument of the call overrides the module.
     attend_once(module, backbone_is_causal=is_causal, is_causal=is_causal)
-    with pytest.raises(PackingError, match="later"):
+    with pytest.raises(PackingError, match="attention direction"):
         attend_once(module, backbone_is_causal=not is_causal, is_causal=is_causal)
 
 
