@@ -1,0 +1,1 @@
+"""Recipes: how models of this project were made, step by step."""
