@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -69,10 +70,24 @@ class QueritConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read the config as `PreTrainedConfig` does; a published one (`qwen3`, ...) becomes the `text_config`."""
+        """Read and check the config; a published one (`qwen3`, ...) becomes the `text_config`.
+
+        Raises:
+            FileNotFoundError: if a folder has no `config.json`.
+            ValueError: if it describes no model; the message names file and key.
+        """
+        # Here, since it imports torch, which a config alone does not need.
+        from .validation_querit import CONFIG_FILE, check_builds, check_config, read_json_object
+
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        place = folder / CONFIG_FILE if folder.is_dir() else f"{pretrained_model_name_or_path}: {CONFIG_FILE}"
+        if folder.is_dir():
+            check_config(read_json_object(folder / CONFIG_FILE), place)
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict and config_dict.get("model_type") != cls.model_type:
+        check_config(config_dict, place)
+        if config_dict["model_type"] != cls.model_type:
             config_dict = _wrap_published(config_dict)
+        check_builds(cls, config_dict, place)
         return config_dict, kwargs
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .moe_querit import EXPERTS_IMPLEMENTATION
 from .packed_attention_querit import KeyValueStates
 from .packed_forward_querit import is_causal, run_packed
 from .packing_querit import Pack
-from .processing_querit import Document, Pair, QueritProcessor
+from .processing_querit import TOKENIZER_FILES, Document, Pair, QueritProcessor
 from .ranking_querit import RankedDocument, rank_documents, score_stream
 from .saving_querit import (
     check_loaded,
@@ -32,6 +33,7 @@ from .saving_querit import (
     write_card_stub,
     write_folder_files,
 )
+from .validation_querit import check_model, read_headers
 
 logger = logging.get_logger(__name__)
 
@@ -117,6 +119,18 @@ class QueritPreTrainedModel(PreTrainedModel):
         with_loading_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         key_mapping = _PUBLISHED_KEYS | (kwargs.pop("key_mapping", None) or {})
+        processor: QueritProcessor | None = None
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        is_checked = folder.is_dir() and not any(kwargs.get(name) for name in ("variant", "gguf_file", "state_dict"))
+        if is_checked:
+            config = kwargs.get("config")
+            if not isinstance(config, QueritConfig):
+                config = cls.config_class.from_pretrained(folder)
+            # Whoever allows other shapes wants a config that is not that of the weights.
+            read_headers(folder) if may_mismatch else check_model(folder, config, cls)
+            processor = cls._read_processor(folder, config)
+        # Pickles may run code when they are loaded.
+        kwargs.setdefault("use_safetensors", True)
         if (quantization := kwargs.get("quantization_config")) is not None:
             kwargs["quantization_config"] = spare_head(quantization)
         try:
@@ -141,6 +155,7 @@ class QueritPreTrainedModel(PreTrainedModel):
         model, info = loaded
         check_loaded(pretrained_model_name_or_path, info, may_mismatch)
         model._save_under_own_keys()
+        model._processor = processor
         model._hub_kwargs = {
             name: kwargs[name]
             for name in ("revision", "subfolder", "cache_dir", "token", "local_files_only")
@@ -150,6 +165,15 @@ class QueritPreTrainedModel(PreTrainedModel):
             # The tokenizer is loaded later, and has to be that of these weights.
             model._hub_kwargs["revision"] = commit
         return (model, info) if with_loading_info else model
+
+    @staticmethod
+    def _read_processor(folder: Path, config: QueritConfig) -> QueritProcessor | None:
+        """Read the tokenizer of a folder, and check that it fits; None if the folder has none."""
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return None
+        processor = QueritProcessor.from_pretrained(folder)
+        processor.check_fits(config.text_config.vocab_size, folder)
+        return processor
 
     def _save_under_own_keys(self) -> None:
         """Drop the renaming of published keys, which `save_pretrained` would otherwise undo (`score` -> `head`)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -17,8 +18,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .validation_querit import one_line
+
 DEFAULT_INSTRUCTION = "Judge whether the Content meets the requirements based on the Query."
 CLS_TOKEN = "[CLS]"
+# A folder with none of these has no tokenizer.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "qwen.tiktoken", "tiktoken.model"),
+)
 # Maximum number of tokens in a pair for the published models, `[CLS]` included.
 MAX_LENGTH = 4096
 
@@ -106,13 +114,34 @@ class QueritProcessor:
         cls, name_or_path: str | os.PathLike[str], max_length: int | None = None, **kwargs: Any
     ) -> QueritProcessor:
         """Load the tokenizer of a folder or repository; `kwargs` go to `AutoTokenizer` (`revision`, `token`, ...)."""
-        # AutoTokenizer needs only the model_type of the config, but would first ask to trust its code.
-        config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path, **kwargs)
-        config = SimpleNamespace(
-            model_type=config_dict.get("model_type"), tokenizer_class=config_dict.get("tokenizer_class")
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, config=config, trust_remote_code=False, **kwargs)
-        return cls(tokenizer, max_length)
+        with explain_tokenizer_errors(name_or_path):
+            # AutoTokenizer needs only the model_type of the config, but would first ask to trust its code.
+            config_dict, _ = PreTrainedConfig.get_config_dict(name_or_path, **kwargs)
+            config = SimpleNamespace(
+                model_type=config_dict.get("model_type"), tokenizer_class=config_dict.get("tokenizer_class")
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, config=config, trust_remote_code=False, **kwargs)
+            processor = cls(tokenizer, max_length)
+            # What is broken inside a tokenizer shows when it tokenizes.
+            processor.encode(["query"], ["document"], max_length=MAX_LENGTH if max_length else None)
+        return processor
+
+    def check_fits(self, vocabulary_size: int, name: str | os.PathLike[str]) -> None:
+        """Check that a model has an embedding for every token.
+
+        Args:
+            vocabulary_size: Number of the model's embeddings.
+            name: Name of the model, for the error message.
+
+        Raises:
+            ValueError: if it has not.
+        """
+        token, largest = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if largest >= vocabulary_size:
+            raise ValueError(
+                f"{name}: the tokenizer gives {one_line(token, 40)!r} the id {largest}, but the model has "
+                f"{vocabulary_size} embeddings: use the tokenizer of these weights."
+            )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer as other runtimes need it: `[CLS]`, left padding, chat template, no added tokens."""
@@ -249,6 +278,25 @@ class QueritProcessor:
     def _ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._tokenize([text], return_offsets_mapping=True)
         return encoding["input_ids"][0], encoding["offset_mapping"][0]
+
+
+@contextmanager
+def explain_tokenizer_errors(name: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise one sentence with the model's name for whatever goes wrong while its tokenizer is read.
+
+    Raises:
+        OSError: if it has no tokenizer.
+        ValueError: if the tokenizer cannot be read.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except OSError as error:
+        raise OSError(f"{name} has no tokenizer that can be read ({one_line(error)}).") from error
+    except BaseException as error:
+        # Broad: the tokenizers library raises bare exceptions, and panics, which are not even that.
+        raise ValueError(f"{name}: the tokenizer cannot be read ({one_line(error)}).") from error
 
 
 class _Prompt:

@@ -5,15 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from ..configuration_querit import QueritConfig
 from ..modeling_querit import QueritForSequenceRanking
-from ..processing_querit import CLS_TOKEN, DEFAULT_INSTRUCTION, QueritProcessor
+from ..processing_querit import CLS_TOKEN, DEFAULT_INSTRUCTION, QueritProcessor, explain_tokenizer_errors
+from ..validation_querit import CONFIG_FILE, check_builds, check_config, check_model, read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +57,15 @@ def from_backbone(
         0.0
         ```
     """
-    source = {"gguf_file": gguf_file} if gguf_file else {}
+    source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     if revision:
         source["revision"] = revision
-    tokenizer = _with_cls(AutoTokenizer.from_pretrained(name_or_path, **source))
+    if not gguf_file:
+        # Pickles may run code when they are loaded.
+        source["use_safetensors"] = True
+        check_decoder(name_or_path)
+    with explain_tokenizer_errors(name_or_path):
+        tokenizer = _with_cls(AutoTokenizer.from_pretrained(name_or_path, **source))
     backbone = AutoModel.from_pretrained(name_or_path, dtype=dtype, **source, **_dequantize_options(gguf_file))
     if len(tokenizer) > backbone.config.vocab_size:
         backbone.resize_token_embeddings(len(tokenizer))
@@ -69,6 +85,28 @@ def from_backbone(
     torch.nn.init.zeros_(model.score.bias)
     model.processor = QueritProcessor(tokenizer, max_length)
     return model.eval()
+
+
+def check_decoder(
+    folder: str | os.PathLike[str], build: Callable[[PreTrainedConfig], torch.nn.Module] = AutoModel.from_config
+) -> None:
+    """Check a plain model's folder before anything is built from it; the name of a repository passes.
+
+    Args:
+        folder: Folder of the model.
+        build: Function that builds the model, by default a decoder without a head.
+
+    Raises:
+        OSError, ValueError: as in `check_config` and `check_model`.
+    """
+    folder = Path(folder)
+    if folder.is_dir():
+        place = folder / CONFIG_FILE
+        content = read_json_object(place)
+        check_config(content, place)
+        config_class = CONFIG_MAPPING[content["model_type"]]
+        check_builds(config_class, content, place)
+        check_model(folder, config_class.from_dict(content), build)
 
 
 def _copy_bos_embedding(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

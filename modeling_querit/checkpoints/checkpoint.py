@@ -26,8 +26,9 @@ from transformers.utils import extract_commit_hash
 
 from ..files import atomic_folder
 from ..modeling_querit import QueritForSequenceRanking
+from ..validation_querit import CONFIG_FILE, read_json_object
 from .adapters import ADAPTER_CONFIG, apply_adapter, base_model_of
-from .loading import is_reranker, load_for_training
+from .loading import check_head, is_reranker, load_for_training
 from .mini import BASE_NAME, MINI_NAME, default_model_path
 from .safetensors_io import LazyTensor, StoredTensor, open_weights, parse_dtype
 
@@ -108,15 +109,12 @@ def open_checkpoint(name: str, temporary: Path) -> Checkpoint:
         files = (*base.files, folder / ADAPTER_CONFIG, *folder.glob("*.safetensors"))
         tensors = apply_adapter(folder, base.tensors)
         return Checkpoint(name, base.model, tensors, files, base.tokenizer, _revision_of(folder))
-    stored = open_weights(folder)
-    config = _load_config(folder)
+    config = read_json_object(folder / CONFIG_FILE)
     # Loading to the meta device checks that every weight is there, in the shape that the config asks for.
     model = QueritForSequenceRanking.from_pretrained(folder, device_map="meta")
+    _ = model.processor
+    stored = open_weights(folder)
     tokenizer = _tokenizer_files(folder, config)
-    try:
-        _ = tokenizer or model.processor
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The tokenizer of {name} could not be read: {error}") from error
     paths = {tensor.path for tensor in stored.values()} | {folder / "config.json"}
     return Checkpoint(name, model, _rename_keys(stored), tuple(sorted(paths)), tokenizer, _revision_of(folder))
 
@@ -183,11 +181,7 @@ def check_trained(checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: if it scores all pairs alike.
     """
-    if has_untrained_head(checkpoint.tensors):
-        raise ValueError(
-            f"The head of {checkpoint.name} was never trained: the rows of score.weight are equal, and so all scores "
-            "are."
-        )
+    check_head(checkpoint.tensors["score.weight"].read(slice(0, 2)), checkpoint.name)
 
 
 def _check_no_cycle(folder: Path) -> None:
@@ -204,17 +198,6 @@ def _check_no_cycle(folder: Path) -> None:
                 f"{folder} is both an adapter and its base model: remove {ADAPTER_CONFIG} and its weights."
             )
         visited.add(current.resolve())
-
-
-def _load_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}).") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object.")
-    return config
 
 
 def _tokenizer_files(folder: Path, config: Mapping[str, Any]) -> tuple[Path, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import AutoModelForSequenceClassification
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -20,8 +21,12 @@ from transformers.models.auto.modeling_auto import (
 from ..cards import seq_cls_card
 from ..configuration_querit import ACTIVATION
 from ..files import atomic_folder, check_destination, scratch_folder
+from ..processing_querit import QueritProcessor
 from ..saving_querit import SENTENCE_TRANSFORMERS_FILES, write_code_files
+from ..validation_querit import CONFIG_FILE, read_json_object
+from .backbone import check_decoder
 from .checkpoint import Checkpoint, check_trained, open_checkpoint
+from .loading import check_folder, is_reranker
 from .safetensors_io import InMemoryTensor, LazyTensor, copy_weights, parse_dtype
 
 StrPath = str | os.PathLike[str]
@@ -113,8 +118,26 @@ def _convert(
 ) -> Path:
     destination, wanted_dtype = check_destination(destination), parse_dtype(dtype)
     with atomic_folder(destination) as folder:
-        write(open_checkpoint(str(source), scratch_folder(folder)), folder, wanted_dtype)
+        checkpoint = open_checkpoint(str(source), scratch_folder(folder))
+        check_trained(checkpoint)
+        write(checkpoint, folder, wanted_dtype)
+        _check_written(folder)
     return destination
+
+
+def _check_written(folder: Path) -> None:
+    """Load what was written once, to the meta device: config, every weight and the tokenizer.
+
+    Raises:
+        OSError, ValueError: if it does not load.
+    """
+    if is_reranker(folder):
+        check_folder(folder)
+        return
+    content = read_json_object(folder / CONFIG_FILE)
+    check_decoder(folder, AutoModelForSequenceClassification.from_config)
+    processor = QueritProcessor.from_pretrained(folder)
+    processor.check_fits(content["vocab_size"], folder)
 
 
 def _write_querit(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
@@ -143,7 +166,6 @@ def _write_published(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | 
 
 def _write_seq_cls(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
     architecture = _classifier_of(checkpoint)
-    check_trained(checkpoint)
     head = _fold_head(checkpoint.tensors)
     copy_weights(folder, checkpoint.tensors | head, dtype, keep_dtype=head)
     _write_config(_seq_cls_config(checkpoint, architecture, dtype or checkpoint.tensors["score.weight"].dtype), folder)

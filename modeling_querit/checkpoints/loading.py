@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -12,7 +13,8 @@ from transformers.utils import is_torchao_available
 
 from ..configuration_querit import QueritConfig
 from ..modeling_querit import QueritForSequenceRanking
-from .backbone import from_backbone
+from ..validation_querit import CONFIG_FILE, check_config, read_json_object
+from .backbone import check_decoder, from_backbone
 from .mini import BASE_NAME, MINI_NAME, base_model, default_model_path
 
 
@@ -21,6 +23,8 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     int8: bool = False,
     device: str | torch.device | None = None,
+    *,
+    may_be_untrained: bool = False,
 ) -> QueritForSequenceRanking:
     """Load a trained reranker.
 
@@ -30,10 +34,11 @@ def load_model(
         int8: Whether linear layers (except experts and head) compute in int8, by torchao: weights are quantized by
             output channel, activations by token. For CPUs.
         device: Device to move the model to; by default it stays on the CPU.
+        may_be_untrained: Whether the head may score all pairs alike, as that of a model to train.
 
     Raises:
         OSError: if there is no such model.
-        ValueError: if the checkpoint lacks a weight.
+        ValueError: if the checkpoint lacks a weight, its tokenizer is broken, or its head is untrained.
         ModuleNotFoundError: if `int8` is set and torchao is not installed.
     """
     path = default_model_path() if name == MINI_NAME else name
@@ -44,7 +49,26 @@ def load_model(
         if Path(path).is_dir():
             raise
         raise OSError(f"{path} is not a folder, and not a repository that could be reached: {error}") from error
+    _ = model.processor
+    if not may_be_untrained:
+        check_head(model.score.weight, str(name))
     return model if device is None else model.to(device)
+
+
+def check_head(weight: torch.Tensor, name: str) -> None:
+    """Check that a head was trained.
+
+    Args:
+        weight: Weight of the head, (2, hidden).
+        name: Name of the model, for the error message.
+
+    Raises:
+        ValueError: if its rows are equal, so that it scores all pairs alike.
+    """
+    if torch.equal(*weight.float()):
+        raise ValueError(
+            f"The head of {name} was never trained: the rows of score.weight are equal, and so all scores are."
+        )
 
 
 def int8_config() -> TorchAoConfig:
@@ -66,16 +90,46 @@ def load_for_training(name: str | os.PathLike[str], dtype: torch.dtype = torch.f
     if name == BASE_NAME:
         return base_model(dtype)
     if name == MINI_NAME or is_reranker(name):
-        return load_model(name, dtype)
+        return load_model(name, dtype, may_be_untrained=True)
     return from_backbone(name, dtype=dtype)
 
 
 def is_reranker(name: str | os.PathLike[str]) -> bool:
     """Whether a folder or repository holds a reranker (in Querit's or the published layout), not a plain decoder."""
-    config, _ = PreTrainedConfig.get_config_dict(name)
+    config = _read_config(name)
     # The config of a published checkpoint names a class that transformers does not have.
     unknown_classes = [cls for cls in config.get("architectures") or [] if not hasattr(transformers, cls)]
     return config.get("model_type") == QueritConfig.model_type or bool(unknown_classes)
+
+
+def _read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
+    place = Path(name) / CONFIG_FILE
+    config = read_json_object(place) if Path(name).is_dir() else PreTrainedConfig.get_config_dict(name)[0]
+    check_config(config, place)
+    return config
+
+
+def check_for_training(name: str | os.PathLike[str]) -> None:
+    """Check a model's folder before anything is read or written for its training; other names pass.
+
+    Raises:
+        OSError, ValueError: as in `load_for_training`.
+    """
+    if not Path(name).is_dir():
+        return
+    if not is_reranker(name):
+        check_decoder(name)
+        return
+    check_folder(Path(name))
+
+
+def check_folder(folder: Path) -> None:
+    """Check the config, weights and tokenizer of a reranker's folder without loading it.
+
+    Raises:
+        OSError, ValueError: if the folder does not load.
+    """
+    _ = QueritForSequenceRanking.from_pretrained(folder, device_map="meta").processor
 
 
 def default_device() -> str:

@@ -17,12 +17,13 @@ from typing import Protocol
 
 import torch
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
-from safetensors import SafetensorError, safe_open
 
 from ..threads import threads
+from ..validation_querit import DTYPES, INDEX_FILE, read_header, read_headers
 
 WEIGHTS_PATTERN = "model{suffix}.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+# Weights of an adapter, as peft names them.
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Elements of one chunk of a tensor: 4 MB in float32, which fits in the cache of a processor.
 CHUNK_ELEMENTS = 1024 * 1024
 # Bytes after which written data is flushed to disk.
@@ -30,12 +31,7 @@ _FLUSH_BYTES = 32 * 1024**2
 # Writing gains nothing from more threads than this.
 _MAX_THREADS = 8
 
-_DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SIZE = re.compile(r"0*[1-9]\d*[KMGT]B", re.IGNORECASE)
 
 
@@ -117,7 +113,7 @@ def _fill(file: FileIO, buffer: memoryview) -> None:
 
 
 def open_weights(folder: Path) -> dict[str, StoredTensor]:
-    """Open the tensors of a folder's safetensors files; only the headers are read.
+    """Open the tensors of a model's or an adapter's safetensors files; only the headers are read.
 
     Returns:
         Key -> tensor.
@@ -126,47 +122,9 @@ def open_weights(folder: Path) -> dict[str, StoredTensor]:
         FileNotFoundError: if there are no safetensors files, or a file in the index is missing.
         ValueError: if a file is damaged; the message names it.
     """
-    single_file, index = folder / WEIGHTS_PATTERN.format(suffix=""), folder / INDEX_FILE
-    if single_file.exists():
-        # transformers prefers the single file to an index, too.
-        paths = [single_file]
-    elif index.exists():
-        paths = [folder / name for name in _shards_of(index)]
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise FileNotFoundError(f"{folder} has no safetensors files: weights in other formats are not read.")
-    return {key: tensor for path in paths for key, tensor in _open_file(path)}
-
-
-def _shards_of(index: Path) -> list[str]:
-    try:
-        names = {Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged ({error}).") from None
-    if not all(name.endswith(".safetensors") for name in names):
-        raise ValueError(f"{index} is damaged, or lists files that are not safetensors.")
-    return sorted(names)
-
-
-def _open_file(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing, although the index lists it.")
-    try:
-        # Checks the header, and the length of the file against it.
-        with safe_open(path, "pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or truncated ({error}).") from None
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    for key, spec in header.items():
-        if spec["dtype"] not in _DTYPES:
-            raise ValueError(f"{path}: {key} has the unsupported dtype {spec['dtype']}.")
-        start = 8 + length + spec["data_offsets"][0]
-        yield key, StoredTensor(path, start, _DTYPES[spec["dtype"]], tuple(spec["shape"]))
+    adapter = folder / ADAPTER_WEIGHTS
+    headers = dict(read_header(adapter)) if adapter.is_file() else read_headers(folder)
+    return {key: StoredTensor(*header) for key, header in headers.items()}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cards import find_card, find_card_problems, render_card
+from ..checkpoints.loading import check_folder
 from .checks import find_problems, find_text_problems, visible_files
 from .hub import Destination, Files, publish
 from .reference_scores import REFERENCE_FILE, compute_reference, find_score_problems, read_reference
@@ -47,6 +48,8 @@ def release_folder(
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder.")
+    # What no command loads is refused by each of them in the same words.
+    check_folder(folder)
     if card is None:
         readme = folder / "README.md"
         text = readme.read_text(encoding="utf-8") if readme.is_file() else ""

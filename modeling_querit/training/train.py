@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from ..checkpoints.loading import load_for_training
+from ..checkpoints.loading import check_for_training, load_for_training
 from ..files import explain_full_disk
 from ..modeling_querit import QueritForSequenceRanking
 from ..processing_querit import QueritProcessor
@@ -73,6 +73,7 @@ def train(settings: TrainingSettings, callbacks: Sequence[TrainerCallback] = ())
         ```
     """
     args, output_dir = settings.training_args, Path(settings.training_args.output_dir)
+    check_for_training(settings.model_args.model)
     set_seed(args.seed)
     # local=False: one main process for all machines; the others read what it wrote, in a folder that they share.
     with args.main_process_first(local=False, desc="reading rows"):
