@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +60,115 @@ _LANGUAGE = re.compile(r"^[a-z]{2,3}$|^multilingual$")
 _STUB_SENTENCE = next(line for line in CARD_STUB.splitlines() if "Say here" in line)
 
 
+# What a model passes on to those that are made from it
+
+# A file with the notice that the terms of a model want passed on.
+NOTICE_FILE = "NOTICE"
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What models made from other models have to state: licence, languages, base models and notices.
+
+    Args:
+        data: Fields of the front matter of a card.
+        files: Licence and notice files, by name.
+    """
+
+    data: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write the licence and notice files."""
+        for name, text in self.files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    @property
+    def section(self) -> str:
+        """Section of a card with the notices; empty if there are none."""
+        notices = [text.strip() for name, text in self.files.items() if name.startswith(NOTICE_FILE)]
+        return "\n## Notices\n\n" + "\n\n".join(notices) + "\n" if notices else ""
+
+
+def read_terms(folder: Path) -> Terms:
+    """Read what a model's folder passes on, from the front matter of its card, and its licence and notice files."""
+    card, data = folder / "README.md", {}
+    if card.is_file():
+        with contextlib.suppress(ValueError):
+            data = _parse(card.read_text(encoding="utf-8"), str(card)).data.to_dict()
+    known = {key: data[key] for key in (*_LICENCE_KEYS, "language", "base_model_relation") if data.get(key)}
+    base_models = [name for name in _as_list(data.get("base_model")) if _repository_of(str(name))]
+    if base_models:
+        known["base_model"] = base_models[0] if len(base_models) == 1 else base_models
+    else:
+        known.pop("base_model_relation", None)
+    paths = sorted(path for path in folder.iterdir() if path.name.startswith(("LICENSE", NOTICE_FILE)))
+    return Terms(known, {path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths})
+
+
+def combine_terms(terms: Sequence[Terms]) -> Terms:
+    """Combine what several models pass on: all languages, base models and files; one licence, or the names of all."""
+    data: dict[str, Any] = {}
+    for key in ("language", "base_model"):
+        values = list(dict.fromkeys(value for model in terms for value in _as_list(model.data.get(key))))
+        if values:
+            data[key] = values[0] if len(values) == 1 else values
+    relations = {model.data["base_model_relation"] for model in terms if "base_model_relation" in model.data}
+    if relations and "base_model" in data:
+        data["base_model_relation"] = "merge" if isinstance(data["base_model"], list) else min(relations)
+    licences = [{key: model.data[key] for key in _LICENCE_KEYS if key in model.data} for model in terms]
+    licences = [licence for index, licence in enumerate(licences) if licence and licence not in licences[:index]]
+    if len(licences) == 1:
+        data |= licences[0]
+    elif licences:
+        names = dict.fromkeys(str(licence.get("license_name") or licence["license"]) for licence in licences)
+        data |= {"license": "other", "license_name": "-and-".join(names)}
+    files: dict[str, str] = {}
+    for model in terms:
+        for name, text in model.files.items():
+            number = 1
+            while files.get(_numbered(name, number), text) != text:
+                number += 1
+            files[_numbered(name, number)] = text
+    return Terms(data, files)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{Path(name).stem}-{number}{Path(name).suffix}"
+
+
 # Cards that are generated
 
 
-def merged_card(name: str, recipe: Mapping[str, Any]) -> str:
+def converted_card(name: str, terms: Terms) -> str:
+    """Write the stub for a model in another layout, with what its source passes on.
+
+    Args:
+        name: Name of the converted model.
+        terms: What its source passes on.
+    """
+    text = CARD_STUB.split("---\n", 2)[2]
+    front_matter = _card_data(_TAGS, **terms.data).to_yaml()
+    return f"---\n{front_matter}\n---\n{text}" + USAGE.replace("{name}", name) + terms.section
+
+
+def merged_card(name: str, recipe: Mapping[str, Any], terms: Terms = Terms()) -> str:
     """Write the card of a merged model, which names its parents.
 
     Args:
         name: Name of the merged model.
         recipe: Fields of the recipe, as in `merge.json`.
+        terms: What the parents pass on.
     """
     parents = [recipe["base"], *recipe["models"]] if recipe["base"] else recipe["models"]
     repositories = list(filter(None, (_repository_of(str(parent)) for parent in parents)))
     base_models = {"base_model": repositories, "base_model_relation": "merge"} if repositories else {}
-    data = _card_data([*_TAGS, "merge"], **base_models)
+    data = _card_data([*_TAGS, "merge"], **{**terms.data, **base_models})
     shown = ("t", "weights", "scale") if recipe["base"] else ("t", "weights")
     settings = [f"{key} {_plain(recipe[key])}" for key in shown if recipe[key]]
     lines = [
@@ -86,10 +183,10 @@ def merged_card(name: str, recipe: Mapping[str, Any]) -> str:
         "this model too.",
         "The method is Querit-Reranker ([arXiv 2606.19037](https://arxiv.org/abs/2606.19037)).",
     ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n\n" + USAGE.replace("{name}", name)
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n\n" + USAGE.replace("{name}", name) + terms.section
 
 
-def seq_cls_card(name: str, architecture: str, source: str, bias: float) -> str:
+def seq_cls_card(name: str, architecture: str, source: str, bias: float, terms: Terms = Terms()) -> str:
     """Write the card of a model converted to a sequence classifier, which explains its bias.
 
     Args:
@@ -97,8 +194,13 @@ def seq_cls_card(name: str, architecture: str, source: str, bias: float) -> str:
         architecture: Class of transformers that loads it.
         source: Name of the model that was converted.
         bias: Bias of the one logit.
+        terms: What the model passes on.
     """
-    data = _card_data(_TAGS, base_model=_repository_of(source))
+    repository = _repository_of(source)
+    fields = dict(terms.data)
+    if repository:
+        fields["base_model"] = repository
+    data = _card_data(_TAGS, **fields)
     shown_source = Path(source).resolve().name if Path(source).is_dir() else source
     text = _SEQ_CLS_CARD
     for key, value in {
@@ -108,7 +210,7 @@ def seq_cls_card(name: str, architecture: str, source: str, bias: float) -> str:
         "bias": f"{bias:.6g}",
     }.items():
         text = text.replace(f"{{{key}}}", value)
-    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+    return f"---\n{data.to_yaml()}\n---\n\n{text}{terms.section}"
 
 
 def _card_data(tags: list[str], **fields: Any) -> ModelCardData:

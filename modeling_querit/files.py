@@ -20,9 +20,14 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# How safetensors, and torch's writer of zip files, report a full disk.
-_DISK_FULL_MESSAGES = ("No space left", "os error 28", "] . unexpected pos ", "PytorchStreamWriter failed writing")
+# How safetensors, and torch's writer of zip files, report a full disk, a quota or a limit of a file's size.
+_DISK_FULL_MESSAGES = (
+    *("No space left", "File too large", "quota exceeded", "] . unexpected pos ", "PytorchStreamWriter failed writing"),
+    *(f"os error {number}" for number in _DISK_FULL_ERRNOS),
+)
 _DISK_FULL = "The disk is full"
+_REASONS = {errno.EDQUOT: "The disk quota is used up", errno.EFBIG: "A file would exceed the limit of its size"}
+_NOT_WRITTEN = "could not be written. Files written before are complete"
 
 
 @contextmanager
@@ -53,7 +58,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         if error.errno in _DISK_FULL_ERRNOS:
-            raise _disk_full(path, error) from error
+            raise _disk_full(path, error.errno) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -72,18 +77,27 @@ def explain_full_disk(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        is_errno = isinstance(error, OSError) and error.errno in _DISK_FULL_ERRNOS
-        is_message = any(message in str(error) for message in _DISK_FULL_MESSAGES)
-        if (is_errno or is_message) and _DISK_FULL not in str(error):
-            raise _disk_full(folder, error) from error
+        number = _full_disk_errno(error)
+        if number and _NOT_WRITTEN not in str(error):
+            raise _disk_full(folder, number) from error
         raise
 
 
-def _disk_full(path: str | os.PathLike[str], error: Exception) -> OSError:
+def _full_disk_errno(error: Exception) -> int | None:
+    """The number of an error that says that nothing more can be written; None for other errors."""
+    number = getattr(error, "errno", None)
+    if number in _DISK_FULL_ERRNOS:
+        return number
+    if not any(message in str(error) for message in _DISK_FULL_MESSAGES):
+        return None
+    stated = (number for number in _DISK_FULL_ERRNOS if f"os error {number}" in str(error))
+    return next(stated, errno.ENOSPC)
+
+
+def _disk_full(path: str | os.PathLike[str], number: int) -> OSError:
     return OSError(
-        getattr(error, "errno", None) or errno.ENOSPC,
-        f"{_DISK_FULL}: {path} could not be written. Files written before are complete: free some space and run the "
-        "same command again.",
+        number,
+        f"{_REASONS.get(number, _DISK_FULL)}: {path} {_NOT_WRITTEN}: free some space and run the same command again.",
     )
 
 
@@ -257,16 +271,28 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
         ```
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{destination.name}-"
-    _remove_abandoned(destination.parent, prefix)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as temporary:
-        folder = Path(temporary) / destination.name
-        # Released when this process ends, however it ends.
-        with FileLock(Path(temporary) / _LOCK):
-            folder.mkdir()
-            yield folder
-            # Replaces an empty folder; fails if somebody has put files there in the meantime.
-            folder.replace(destination)
+    with temporary_folder(destination.parent, f".{destination.name}-") as temporary, explain_full_disk(destination):
+        folder = temporary / destination.name
+        folder.mkdir()
+        yield folder
+        # Replaces an empty folder; fails if somebody has put files there in the meantime.
+        folder.replace(destination)
+
+
+@contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A temporary folder, which other processes leave alone as long as this one lives.
+
+    Folders of the same prefix that killed processes left are removed.
+
+    Args:
+        parent: Folder to make it in.
+        prefix: First characters of its name.
+    """
+    _remove_abandoned(parent, prefix)
+    # The lock is released when this process ends, however it ends.
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as temporary, FileLock(Path(temporary) / _LOCK):
+        yield Path(temporary)
 
 
 def scratch_folder(folder: Path) -> Path:

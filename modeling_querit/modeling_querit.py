@@ -27,6 +27,7 @@ from .processing_querit import TOKENIZER_FILES, Document, Pair, QueritProcessor
 from .ranking_querit import RankedDocument, rank_documents, score_stream
 from .saving_querit import (
     check_loaded,
+    finish_weights,
     missing_experts,
     name_few,
     spare_head,
@@ -191,10 +192,13 @@ class QueritPreTrainedModel(PreTrainedModel):
         Besides weights and config it holds the tokenizer with its chat template, the code files, the files of
         sentence-transformers, and a model card stub if there is no README.md yet. `push_to_hub` uploads the same.
         """
-        if kwargs.get("is_main_process", True):
+        is_main_process = kwargs.get("is_main_process", True)
+        if is_main_process:
             os.makedirs(save_directory, exist_ok=True)
             write_folder_files(self, save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
+        if is_main_process:
+            finish_weights(save_directory)
 
     def _upload_modified_files(  # type: ignore[override]
         self, working_dir: Any, repo_id: str, files_timestamps: Any, **kwargs: Any
@@ -202,6 +206,7 @@ class QueritPreTrainedModel(PreTrainedModel):
         # By now transformers has replaced our card by its blank template, unless the repository has a card. It uploads
         # only files changed after a timestamp that it took once ours were written; without timestamps it uploads all.
         write_card_stub(working_dir, repo_id, over_template=True)
+        finish_weights(working_dir)
         return super()._upload_modified_files(working_dir, repo_id, {}, **kwargs)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .validation_querit import one_line
+from .validation_querit import one_line, read_json_object
 
 DEFAULT_INSTRUCTION = "Judge whether the Content meets the requirements based on the Query."
 CLS_TOKEN = "[CLS]"
@@ -296,7 +297,28 @@ def explain_tokenizer_errors(name: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(f"{name} has no tokenizer that can be read ({one_line(error)}).") from error
     except BaseException as error:
         # Broad: the tokenizers library raises bare exceptions, and panics, which are not even that.
-        raise ValueError(f"{name}: the tokenizer cannot be read ({one_line(error)}).") from error
+        raise ValueError(
+            f"{_broken_tokenizer_file(name)}: the tokenizer cannot be read ({one_line(error)})."
+        ) from error
+
+
+def _broken_tokenizer_file(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The file of a folder that is at fault: the settings if they are no JSON object, else the tokenizer itself."""
+    for file_name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = Path(name, file_name)
+        if path.is_file():
+            try:
+                read_json_object(path)
+            except ValueError:
+                return path
+    path = Path(name, "tokenizer.json")
+    if path.is_file():
+        try:
+            Tokenizer.from_file(str(path))
+        except BaseException:
+            return path
+        return Path(name, "tokenizer_config.json")
+    return name
 
 
 class _Prompt:

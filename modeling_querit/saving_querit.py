@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .configuration_querit import ACTIVATION
+from .validation_querit import INDEX_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from .modeling_querit import QueritPreTrainedModel
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 _EXPERT_KEY = re.compile(r"(.*\.experts)\.(\d+)\.(\w+\.weight)")
+_SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _FORWARD = {"method": "forward", "method_output_name": "logits"}
 # Files for sentence-transformers. Without the "message" entry it would silently not use the chat template.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
@@ -116,6 +119,38 @@ def write_card_stub(folder: str | os.PathLike[str], name: str, over_template: bo
     card = Path(folder) / "README.md"
     if not card.exists() or (over_template and "has been automatically generated" in card.read_text(encoding="utf-8")):
         card.write_text(CARD_STUB + USAGE.replace("{name}", name), encoding="utf-8")
+
+
+def finish_weights(folder: str | os.PathLike[str]) -> None:
+    """Remove weight files of an earlier save, and make those just written readable to whom the umask allows it.
+
+    An earlier `model.safetensors` would be loaded in place of shards beside it, and an earlier index in place of a
+    single file. safetensors writes files that only their owner may read.
+
+    Args:
+        folder: Folder that was just saved.
+    """
+    whole, index = Path(folder, WEIGHTS_FILE), Path(folder, INDEX_FILE)
+    if whole.exists() and index.exists():
+        (whole if index.stat().st_mtime_ns > whole.stat().st_mtime_ns else index).unlink()
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
+    mode = _file_mode(Path(folder))
+    for path in Path(folder).glob("model*.safetensors"):
+        if _SHARD_NAME.fullmatch(path.name) and path.name not in shards:
+            path.unlink()
+        elif path == whole or path.name in shards:
+            path.chmod(mode)
+
+
+def _file_mode(folder: Path) -> int:
+    """The mode of new files, which the umask decides; it cannot be read without setting it for all threads."""
+    probe = folder / f".{os.getpid()}-{threading.get_ident()}.probe"
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return os.fstat(descriptor).st_mode & 0o777
+    finally:
+        os.close(descriptor)
+        probe.unlink()
 
 
 def spare_head(quantization_config: Any) -> Any:

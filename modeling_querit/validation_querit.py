@@ -190,7 +190,7 @@ def _attention_functions() -> list[str]:
 
 
 def _shown(value: object) -> str:
-    return "missing" if value is None else one_line(repr(value), 40)
+    return "null or missing" if value is None else one_line(repr(value), 40)
 
 
 # The weights

@@ -136,7 +136,7 @@ def test_a_damaged_weight_file_is_named(querit, saved_folder, documents, tmp_pat
     weights.write_bytes(weights.read_bytes()[:-1000])
     code, _, err = rerank(querit, tmp_path / "damaged", documents)
     assert code == 2
-    assert "damaged or cut short" in err
+    assert "damaged or truncated" in err
 
 
 def test_top_k_below_one_is_refused(querit, saved_folder, documents):

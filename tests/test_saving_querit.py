@@ -40,6 +40,7 @@ FILES = {
     "sentence_bert_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "validation_querit.py",
 }
 
 

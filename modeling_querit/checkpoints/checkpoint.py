@@ -7,7 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ from huggingface_hub.errors import (
 from transformers import PreTrainedConfig
 from transformers.utils import extract_commit_hash
 
+from ..cards import NOTICE_FILE, Terms, combine_terms, read_terms
 from ..files import atomic_folder
 from ..modeling_querit import QueritForSequenceRanking
 from ..validation_querit import CONFIG_FILE, read_json_object
 from .adapters import ADAPTER_CONFIG, apply_adapter, base_model_of
 from .loading import check_head, is_reranker, load_for_training
-from .mini import BASE_NAME, MINI_NAME, default_model_path
+from .mini import ADAPTER, BASE_NAME, MINI_NAME, default_model_path
 from .safetensors_io import LazyTensor, StoredTensor, open_weights, parse_dtype
 
 # What loading needs from a repository: no pickles, logs or images.
-_DOWNLOADED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+_DOWNLOADED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Keys of old checkpoints that a reranker has no use for.
 _IGNORED_KEY = re.compile(r"^lm_head\.|rotary_emb\.inv_freq$")
@@ -50,6 +51,7 @@ class Checkpoint:
         files: Files that the tensors and the config come from, for hashing.
         tokenizer: Tokenizer files, if they are as `save_pretrained` writes them; else empty.
         revision: Commit of the repository, if it comes from the Hub.
+        terms: Licence, languages, base models and notices that it passes on.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     tokenizer: tuple[Path, ...] = ()
     revision: str | None = None
+    terms: Terms = field(default_factory=Terms)
 
     def named_files(self) -> dict[str, Path]:
         """Map file names to files, with the folder's name in front where two are equal (adapters on adapters)."""
@@ -108,7 +111,8 @@ def open_checkpoint(name: str, temporary: Path) -> Checkpoint:
         base = open_base(base_model_of(folder), temporary)
         files = (*base.files, folder / ADAPTER_CONFIG, *folder.glob("*.safetensors"))
         tensors = apply_adapter(folder, base.tensors)
-        return Checkpoint(name, base.model, tensors, files, base.tokenizer, _revision_of(folder))
+        terms = combine_terms([read_terms(folder), base.terms])
+        return Checkpoint(name, base.model, tensors, files, base.tokenizer, _revision_of(folder), terms)
     config = read_json_object(folder / CONFIG_FILE)
     # Loading to the meta device checks that every weight is there, in the shape that the config asks for.
     model = QueritForSequenceRanking.from_pretrained(folder, device_map="meta")
@@ -116,7 +120,9 @@ def open_checkpoint(name: str, temporary: Path) -> Checkpoint:
     stored = open_weights(folder)
     tokenizer = _tokenizer_files(folder, config)
     paths = {tensor.path for tensor in stored.values()} | {folder / "config.json"}
-    return Checkpoint(name, model, _rename_keys(stored), tuple(sorted(paths)), tokenizer, _revision_of(folder))
+    return Checkpoint(
+        name, model, _rename_keys(stored), tuple(sorted(paths)), tokenizer, _revision_of(folder), read_terms(folder)
+    )
 
 
 def open_base(name: str, temporary: Path) -> Checkpoint:
@@ -134,6 +140,10 @@ def open_base(name: str, temporary: Path) -> Checkpoint:
         config = {} if source == BASE_NAME else PreTrainedConfig.get_config_dict(source)[0]
         dtype = parse_dtype(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
         with atomic_folder(folder) as written:
+            for path in (ADAPTER if source == BASE_NAME else Path(source)).iterdir():
+                # A card that is there is not replaced by a stub, so that the terms are passed on.
+                if path.name.startswith(("README.md", "LICENSE", NOTICE_FILE)):
+                    shutil.copyfile(path, written / path.name)
             load_for_training(source, dtype or torch.float32).save_pretrained(written)
     return open_checkpoint(str(folder), temporary)
 

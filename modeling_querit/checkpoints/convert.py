@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from ..cards import seq_cls_card
+from ..cards import Terms, converted_card, seq_cls_card
 from ..configuration_querit import ACTIVATION
 from ..files import atomic_folder, check_destination, scratch_folder
 from ..processing_querit import QueritProcessor
@@ -145,8 +145,16 @@ def _write_querit(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | Non
     config = copy.deepcopy(checkpoint.model.config)
     config.dtype = config.text_config.dtype = dtype or checkpoint.tensors["score.weight"].dtype
     config.save_pretrained(folder)
+    _write_terms(checkpoint, folder)
     write_code_files(checkpoint.model, folder)
     checkpoint.write_tokenizer(folder)
+
+
+def _write_terms(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a card with what the checkpoint passes on, and its licence and notice files, if there is any of them."""
+    if checkpoint.terms != Terms():
+        (folder / "README.md").write_text(converted_card(folder.name, checkpoint.terms), encoding="utf-8")
+        checkpoint.terms.write(folder)
 
 
 def _write_published(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
@@ -162,6 +170,7 @@ def _write_published(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | 
     }
     _write_config(config, folder)
     model.processor.tokenizer.save_pretrained(folder)
+    _write_terms(checkpoint, folder)
 
 
 def _write_seq_cls(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
@@ -171,8 +180,10 @@ def _write_seq_cls(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | No
     _write_config(_seq_cls_config(checkpoint, architecture, dtype or checkpoint.tensors["score.weight"].dtype), folder)
     for name, content in SENTENCE_TRANSFORMERS_FILES.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    card = seq_cls_card(folder.name, architecture, checkpoint.name, bias=head["score.bias"].tensor.item())
+    bias = head["score.bias"].tensor.item()
+    card = seq_cls_card(folder.name, architecture, checkpoint.name, bias, checkpoint.terms)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    checkpoint.terms.write(folder)
     checkpoint.model.processor.save_pretrained(folder)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
-import tempfile
 from filecmp import cmp
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,8 @@ from filelock import FileLock
 from huggingface_hub import cached_assets_path
 from safetensors.torch import load_file, save_file
 
-from ..files import atomic_folder
+from ..cards import NOTICE_FILE
+from ..files import atomic_folder, temporary_folder
 from ..modeling_querit import QueritForSequenceRanking
 from .backbone import from_backbone
 
@@ -46,11 +47,22 @@ def default_model_path() -> Path:
     """
     cache = _cache()
     folder = cache / f"mini-{_fingerprint()}"
-    if not folder.exists() or _outdated_code(folder):
+    if folder.exists() and not (_outdated_files(folder) and os.access(folder, os.W_OK)):
+        # In a cache that cannot be written, the code beside the weights stays that of the version that wrote both.
+        return folder
+    try:
         with FileLock(cache / "mini.lock"):
             if not folder.exists():
                 _assemble(folder)
-            _update_code(folder)
+            _update_files(folder)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        if not folder.exists():
+            raise PermissionError(
+                f"The default model cannot be assembled, since {cache} cannot be written: set HF_ASSETS_CACHE to "
+                "another folder."
+            ) from None
     return folder
 
 
@@ -61,8 +73,8 @@ def base_model(dtype: torch.dtype = torch.float32) -> QueritForSequenceRanking:
         dtype: Data type of the weights.
     """
     gguf = _gguf_package()
-    with tempfile.TemporaryDirectory(prefix=".mini-", dir=_cache()) as folder:
-        path = gguf.assemble(Path(folder) / gguf.MODEL_NAME)
+    with temporary_folder(_cache(), ".base-") as folder:
+        path = gguf.assemble(folder / gguf.MODEL_NAME)
         model = from_backbone(folder, gguf_file=path.name, dtype=dtype, max_length=MAX_LENGTH)
     # The folder is gone: nothing must be looked up in it again.
     model.config.name_or_path = model.config.text_config.name_or_path = ""
@@ -97,8 +109,6 @@ def _assemble(folder: Path) -> None:
 
     print(f"Assembling the default model in {folder}; this happens once and takes two minutes.", file=sys.stderr)
     print(GEMMA_NOTICE, file=sys.stderr)
-    for left_by_killed_process in folder.parent.glob(".mini-*"):
-        shutil.rmtree(left_by_killed_process, ignore_errors=True)
     # In float32: merged into bfloat16 weights, small updates of the adapter would be rounded away.
     model = PeftModel.from_pretrained(base_model(), ADAPTER).merge_and_unload()
     card = (ADAPTER / "README.md").read_text(encoding="utf-8").replace("{name}", folder.name)
@@ -108,14 +118,22 @@ def _assemble(folder: Path) -> None:
         model.save_pretrained(written)
 
 
-def _outdated_code(folder: Path) -> list[Path]:
-    """List the code files of this package whose copies beside the weights are missing or different."""
-    files = Path(__file__).parents[1].glob("*_querit.py")
-    return [path for path in files if not (folder / path.name).exists() or not cmp(path, folder / path.name, False)]
+def _current_files() -> list[Path]:
+    """List the files of this package that have a copy beside the weights: code, and the notice of the licence."""
+    return [*Path(__file__).parents[1].glob("*_querit.py"), ADAPTER / NOTICE_FILE]
 
 
-def _update_code(folder: Path) -> None:
-    for path in _outdated_code(folder):
+def _outdated_files(folder: Path) -> list[Path]:
+    """List those of them whose copies are missing or different."""
+    return [
+        path
+        for path in _current_files()
+        if not (folder / path.name).exists() or not cmp(path, folder / path.name, False)
+    ]
+
+
+def _update_files(folder: Path) -> None:
+    for path in _outdated_files(folder):
         temporary = folder / f"{path.name}.part"
         shutil.copyfile(path, temporary)
         temporary.replace(folder / path.name)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..cards import merged_card
+from ..cards import combine_terms, merged_card
 from ..checkpoints.checkpoint import Checkpoint, check_trained, has_untrained_head, open_base, open_checkpoint
 from ..checkpoints.safetensors_io import (
     TensorSpec,
@@ -129,7 +129,9 @@ class Merger:
             self._provenance(recipe)
         dtype = self._write_weights(folder, recipe, max_shard_size, show_progress_bar)
         recipe.save(folder, self._provenance(recipe))
-        (folder / "README.md").write_text(merged_card(folder.name, recipe.public()), encoding="utf-8")
+        terms = combine_terms([parent.terms for parent in self.parents])
+        (folder / "README.md").write_text(merged_card(folder.name, recipe.public(), terms), encoding="utf-8")
+        terms.write(folder)
         first = self.models[0].model
         config = copy.deepcopy(first.config)
         config.dtype = config.text_config.dtype = dtype

@@ -400,7 +400,9 @@ def other_decoder(config, processor):
     ids=lambda config: config.model_type,
 )
 def test_an_architecture_without_a_classifier_is_refused(processor, tmp_path, config):
-    other_decoder(config, processor).save_pretrained(tmp_path / "source")
+    model = other_decoder(config, processor)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match=f"no last-token classifier for {config.model_type}"):
         convert_to_seq_cls(tmp_path / "source", tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -28,7 +28,7 @@ def model(folder):
 
 def test_the_adapter_is_small_and_safe():
     files = {path.name: path.stat().st_size for path in mini.ADAPTER.iterdir()}
-    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "training.json"}
+    assert set(files) == {"NOTICE", "README.md", "adapter_config.json", "adapter_model.safetensors", "training.json"}
     assert files["adapter_model.safetensors"] <= 16_000_000
     with safe_open(mini.ADAPTER / "adapter_model.safetensors", "pt") as tensors:
         assert any("score" in key for key in tensors.keys())  # noqa: SIM118
