@@ -128,6 +128,11 @@ def check_config(config: Mapping[str, Any], place: str | os.PathLike[str]) -> No
     for settings in (config, backbone):
         _check_values(settings, refuse)  # type: ignore[arg-type]
     _check_experts(backbone, refuse)  # type: ignore[arg-type]
+    layers = backbone.get("num_hidden_layers")  # type: ignore[union-attr]
+    for key in ("layer_types", "mlp_layer_types"):
+        types = backbone.get(key)  # type: ignore[union-attr]
+        if isinstance(types, list) and layers is not None and len(types) != layers:
+            raise ValueError(f"{place}: {key} has {len(types)} entries, but num_hidden_layers is {layers}.")
 
 
 def _check_values(settings: Mapping[str, Any], refuse: Callable[[str, object, str], None]) -> None:
@@ -141,10 +146,12 @@ def _check_values(settings: Mapping[str, Any], refuse: Callable[[str, object, st
             refuse(key, value, f"more than {_MAX_LAYERS:,}")
         if value is None:
             continue
-        if key in _POSITIVE_INTEGERS and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if key in _POSITIVE_INTEGERS and not _is_count(value):
             refuse(key, value, "not an integer of at least 1")
         if key in _POSITIVE_NUMBERS and not (is_number and value > 0):
             refuse(key, value, "not a number above 0")
+        if key.endswith(("dropout", "pdrop")) and not (is_number and 0 <= value <= 1):
+            refuse(key, value, "not a probability")
         if key in ("dtype", "torch_dtype") and not _is_float_dtype(value):
             refuse(key, value, "not a data type of weights, such as bfloat16")
         if key in _ACTIVATIONS and not (isinstance(value, str) and value in ACT2FN):
@@ -166,6 +173,16 @@ def _check_experts(backbone: Mapping[str, Any], refuse: Callable[[str, object, s
     per_token = backbone.get("num_experts_per_tok")
     if count is not None and isinstance(per_token, int) and per_token > count:
         refuse("num_experts_per_tok", per_token, f"but there are {count} experts")
+    groups, groups_per_token = backbone.get("n_group"), backbone.get("topk_group")
+    if count is not None and groups is not None and (not _is_count(groups) or count % groups):
+        refuse("n_group", groups, f"but {count} experts cannot be divided into as many groups")
+    fits = groups_per_token is None or (_is_count(groups_per_token) and groups_per_token <= (groups or 1))
+    if groups is not None and not fits:
+        refuse("topk_group", groups_per_token, f"but there are {groups} groups of experts")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _entries(settings: object, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -312,7 +329,7 @@ def check_model(
         if _is_undecided(error):
             return headers
         raise _config_error(content, build_from, error, place) from error
-    _check_total(model, headers, bool(quantization), place)
+    _check_total(model, config.get_text_config().to_dict(), headers, bool(quantization), place)
     try:
         compute_from(copy.deepcopy(content))
     except Exception as error:
@@ -326,23 +343,30 @@ def _check_counts(settings: Mapping[str, Any], headers: Mapping[str, TensorHeade
     """Check numbers of modules, which take time and memory to build even on the meta device."""
     most_experts = max([len(headers), *(header.shape[0] for header in headers.values() if header.shape)])
     for key, value in _entries(settings):
-        is_count = isinstance(value, int) and not isinstance(value, bool)
-        if is_count and key in _LAYER_COUNTS and value > len(headers):
+        if _is_count(value) and key in _LAYER_COUNTS and value > len(headers):
             raise ValueError(f"{place}: {key} is {value}, but the weights have {len(headers)} tensors.")
-        if is_count and key in _EXPERT_COUNTS and value > most_experts:
+        if _is_count(value) and key in _EXPERT_COUNTS and value > most_experts:
             raise ValueError(f"{place}: {key} is {value}, more than the weights have.")
 
 
-def _check_total(model: nn.Module, headers: Mapping[str, TensorHeader], is_quantized: bool, place: Path) -> None:
+def _check_total(
+    model: nn.Module,
+    settings: Mapping[str, Any],
+    headers: Mapping[str, TensorHeader],
+    is_quantized: bool,
+    place: Path,
+) -> None:
     needed = sum(parameter.numel() for parameter in model.parameters())
     stored = sum(math.prod(header.shape) for header in headers.values())
     if is_quantized:
         # At least one bit for every weight.
         stored = sum(8 * math.prod(header.shape) * header.dtype.itemsize for header in headers.values())
     if needed > 2 * stored + _MAX_MISSING:
+        sizes = {key: value for key, value in _entries(settings) if _is_count(value) and not key.endswith("_id")}
+        key = max(sizes, key=lambda name: sizes[name])
         raise ValueError(
-            f"{place} describes a model of {needed:,} parameters, but the weights beside it have {stored:,}: it is not "
-            "the config of these weights."
+            f"{place} describes a model of {needed:.3g} parameters, but the weights beside it have {stored:,}: it is "
+            f"not the config of these weights ({key} is {sizes[key]})."
         )
     persistent = model.state_dict().keys()
     computed = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in persistent)

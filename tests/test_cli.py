@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
 
 from modeling_querit.cli import app
 
@@ -243,3 +245,71 @@ def test_output_that_cannot_be_written_is_an_error():
         done = run_process("--help", stdout=full, program="pass")
     assert done.returncode != 0
     assert "No space left" in done.stderr
+
+
+# One rule for all commands
+
+
+def refusing_commands(folder, other, tmp_path):
+    (tmp_path / "documents.txt").write_text("a novel\n")
+    return {
+        "rerank": ["rerank", "--query", "q", tmp_path / "documents.txt", "--model", folder],
+        "convert": ["convert", folder, tmp_path / "new"],
+        "published": ["convert", folder, tmp_path / "new", "--to", "published"],
+        "seq-cls": ["convert", folder, tmp_path / "new", "--to", "seq-cls"],
+        "merge": ["merge", folder, other, "--output", tmp_path / "new"],
+        "release": ["release", folder, "--repo-id", "me/model", "--dry-run"],
+    }
+
+
+def zero_head(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"score.weight": torch.zeros(2, 32)}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def equal_rows(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"score.weight": torch.ones(2, 32)}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def outside(folder):
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"score.weight": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def garbage_tokenizer(folder):
+    (folder / "tokenizer.json").write_bytes(b"\x00\x01")
+
+
+def empty_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (zero_head, "was never trained"),
+        (equal_rows, "was never trained"),
+        (pickled, "pytorch_model.bin may run code"),
+        (outside, "not a safetensors file beside it"),
+        (garbage_tokenizer, "tokenizer.json: the tokenizer cannot be read"),
+        (empty_tokenizer, "tokenizer.json: the tokenizer cannot be read"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_one_command_refuses_all_refuse(querit, saved_folder, tmp_path, damage, message):
+    folder = shutil.copytree(saved_folder, tmp_path / "folder")
+    damage(folder)
+    for name, argv in refusing_commands(folder, saved_folder, tmp_path).items():
+        code, out, err = querit(*argv)
+        # A release lists all problems of a folder that loads.
+        assert code == (1 if name == "release" and "trained" in message else 2), name
+        assert message in err, name
+        assert out == "", name
+        assert not (tmp_path / "new").exists(), name

@@ -1,7 +1,10 @@
+import errno
 import gzip
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,14 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from modeling_querit.files import (
+    atomic_folder,
     atomic_write,
     explain_full_disk,
     jsonl_sha256,
     read_jsonl,
     read_lines,
     sha256,
+    temporary_folder,
     write_json,
     write_jsonl,
 )
@@ -214,3 +219,55 @@ def test_lines_of_an_open_file_have_the_name_that_is_given(path):
         assert list(read_lines(file, "standard input")) == [("standard input, line 1", b"before")]
     with pytest.raises(FileNotFoundError, match="nowhere"):
         next(read_lines(path.with_name("nowhere")))
+
+
+# Limits other than the disk
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "reason"),
+    [
+        (OSError(errno.EFBIG, "File too large"), errno.EFBIG, "A file would exceed the limit of its size"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), errno.EDQUOT, "The disk quota is used up"),
+        (ValueError("I/O error: File too large (os error 27)"), errno.EFBIG, "A file would exceed the limit"),
+        (ValueError("I/O error: Disk quota exceeded (os error 122)"), errno.EDQUOT, "The disk quota is used up"),
+        (ValueError("I/O error: No space left on device (os error 28)"), errno.ENOSPC, "The disk is full"),
+    ],
+)
+def test_a_limit_while_a_folder_is_written_is_one_sentence(tmp_path, error, number, reason):
+    with pytest.raises(OSError, match=f"{reason}.*new could not be written") as raised, atomic_folder(tmp_path / "new"):
+        raise error
+    assert raised.value.errno == number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_larger_than_the_limit_is_named(tmp_path):
+    """By the limit itself, in a process of its own."""
+    code = (
+        "import resource, sys; from pathlib import Path; import torch; from safetensors.torch import save_file\n"
+        "from modeling_querit.files import atomic_folder\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        "    with atomic_folder(Path(sys.argv[1])) as folder:\n"
+        "        save_file({'a': torch.ones(10000)}, folder / 'model.safetensors')\n"
+        "except OSError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "new")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "A file would exceed the limit of its size" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_temporary_folders_of_living_processes_are_left_alone(tmp_path):
+    with temporary_folder(tmp_path, ".base-") as first:
+        (first / "part").write_text("x")
+        with temporary_folder(tmp_path, ".base-"):
+            assert (first / "part").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_temporary_folders_of_killed_processes_are_removed(tmp_path):
+    (tmp_path / ".base-killed").mkdir()
+    (tmp_path / ".base-killed" / ".lock").write_text("")
+    with temporary_folder(tmp_path, ".base-"):
+        assert not (tmp_path / ".base-killed").exists()
