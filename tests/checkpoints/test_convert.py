@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -281,4 +282,35 @@ def test_the_command_refuses_an_unknown_layout(querit, saved_folders, tmp_path):
     code, out, err = querit("convert", saved_folders("qwen3"), tmp_path / "new", "--to", "onnx")
     assert (code, out) == (2, "")
     assert "'onnx' is not" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is passed on, and what is written is loaded
+
+
+@pytest.mark.parametrize("convert", [convert_to_querit, convert_to_published, convert_to_seq_cls])
+def test_licence_and_notices_are_passed_on(saved_folder, tmp_path, convert):
+    source = shutil.copytree(saved_folder, tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: gemma\nbase_model: google/gemma\nlanguage: de\n---\n# A model\n")
+    (source / "NOTICE").write_text("Gemma is provided under its terms.")
+    folder = convert(source, tmp_path / "new")
+    card = (folder / "README.md").read_text()
+    for line in ("license: gemma", "base_model: google/gemma", "language: de", "Gemma is provided under its terms."):
+        assert line in card
+    assert (folder / "NOTICE").read_text() == "Gemma is provided under its terms."
+
+
+@pytest.mark.parametrize("convert", [convert_to_querit, convert_to_published, convert_to_seq_cls])
+def test_what_is_written_is_loaded_before_it_appears(saved_folder, tmp_path, monkeypatch, convert):
+    """A disk that loses a part of what was written."""
+    from modeling_querit.checkpoints import convert as module
+
+    def copy_and_lose(folder, *args, **kwargs):
+        copy_weights(folder, *args, **kwargs)
+        os.truncate(folder / "model.safetensors", 5000)
+
+    copy_weights = module.copy_weights
+    monkeypatch.setattr(module, "copy_weights", copy_and_lose)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or truncated"):
+        convert(saved_folder, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
