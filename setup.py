@@ -96,5 +96,5 @@ setup(
         "typer>=0.29,<1",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["querit=modeling_querit.cli:main"]},
+    entry_points={"console_scripts": ["querit=modeling_querit.__main__:main"]},
 )

@@ -1,5 +1,15 @@
-"""`python -m modeling_querit`: the command line, where the script `querit` is not on the path."""
+"""The command `querit`, and `python -m modeling_querit`."""
 
-from .cli import main
+from .interrupts import one_line_interrupts
 
-main()
+
+def main() -> None:
+    """Run the command line, which takes a moment to import, as interruptible as the rest."""
+    with one_line_interrupts(is_program=True):
+        from .cli import main as run
+
+        run()
+
+
+if __name__ == "__main__":
+    main()

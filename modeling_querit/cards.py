@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +14,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
+
+from .files import read_json, read_text
 
 # The stub that `save_pretrained` writes is in saving_querit.py: that file travels with every checkpoint, so it imports
 # nothing from here.
@@ -282,7 +282,7 @@ def render_card(path: Path, repo_id: str) -> str:
         ValueError: if the front matter cannot be parsed, a results file lacks the column, or the card has a place for
             the table and no results file, or the other way round.
     """
-    card = _parse(path.read_text(encoding="utf-8").replace("{name}", repo_id), str(path))
+    card = _parse(read_text(path).replace("{name}", repo_id), str(path))
     data = card.data.to_dict()
     entries = data.pop(RESULTS_KEY, None) or []
     if not isinstance(entries, list):
@@ -330,7 +330,7 @@ def _read_metrics(entry: Mapping[str, Any], path: Path, repo_id: str) -> Iterato
 def _read_results(path: Path) -> tuple[list[Mapping[str, Any]], Mapping[str, Any]]:
     """Read the rows of a results file, and their source."""
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not a results file ({error}).") from None
     rows = results.get("rows") if isinstance(results, Mapping) else None

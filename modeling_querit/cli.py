@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import console
+from .interrupts import one_line_interrupts
 
 if TYPE_CHECKING:
     from .modeling_querit import QueritForSequenceRanking
@@ -18,7 +21,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="querit",
     help="Rerank documents, and train rerankers: Querit (arXiv 2606.19037).",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -44,7 +46,7 @@ def _print_version(is_asked: bool) -> None:
     if is_asked:
         from . import __version__
 
-        typer.echo(f"querit {__version__}")
+        console.say(f"querit {__version__}")
         raise typer.Exit
 
 
@@ -87,7 +89,7 @@ def rerank(
     reranker = _load(model, device, int8)
     ranking = reranker.rank(query, texts, instruction=instruction, top_k=top_k, max_length=max_length)
     if as_json:
-        typer.echo(console.ranking_json(model, ranking))
+        console.print_ranking_json(model, ranking)
     else:
         console.print_ranking(query, ranking)
 
@@ -178,7 +180,7 @@ def merge(
         search_merge(plan, measure, output, evaluations=evaluations, max_shard_size=max_shard_size, echo=_echo_progress)
     else:
         merge_checkpoints(plan, output, max_shard_size=max_shard_size)
-    typer.echo(f"Wrote {output}")
+    console.say(f"Wrote {output}")
 
 
 @app.command(epilog="Example: querit convert runs/law/model law-seq-cls --to seq-cls")
@@ -199,7 +201,7 @@ def convert(
 
     console.quiet_libraries()
     LAYOUTS[to](source, destination, dtype)
-    typer.echo(f"Wrote {destination}")
+    console.say(f"Wrote {destination}")
 
 
 @app.command(epilog="Example: querit release merged --repo-id me/merged --card adapted --dry-run")
@@ -226,15 +228,15 @@ def release(
     from .release.release import release_folder
 
     destination = Destination(repo_id, private, revision, pr, tag)
-    problems = release_folder(folder, destination, card=card, message=message, dry_run=dry_run, echo=typer.echo)
+    problems = release_folder(folder, destination, card=card, message=message, dry_run=dry_run, echo=console.say)
     for problem in problems:
-        typer.echo(f"querit: {problem}", err=True)
+        console.say_error(problem)
     if problems:
         raise typer.Exit(1)
 
 
 def _echo_progress(line: str) -> None:
-    typer.echo(line, err=True)
+    console.say(line, is_error=True)
 
 
 def _load(name: str, device: str | None, int8: bool) -> QueritForSequenceRanking:
@@ -242,20 +244,70 @@ def _load(name: str, device: str | None, int8: bool) -> QueritForSequenceRanking
 
     from .checkpoints.loading import load_model
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {error}") from None
+        # Reads a value back, which a device without memory, such as meta, cannot.
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise ValueError(f"--device {device} cannot be used, name cpu or cuda: {error}") from None
     return load_model(name, int8=int8, device=device)
 
 
+# Options whose value may be empty.
+_TEXTS = ("--instruction",)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: exit code 0, or 2 with one line on standard error if the input is at fault."""
-    console.escape_unwritable()
+    """Run the command line.
+
+    Exit code 0; 2 with one line on standard error if the input is at fault; 130 after Ctrl-C; 141 if nobody reads the
+    output.
+    """
+    with one_line_interrupts(is_program=argv is None) as interrupts, console.safe_output():
+        console.quiet_imports()
+        try:
+            code = _run(sys.argv[1:] if argv is None else argv)
+        except (ValueError, OSError, ImportError, EOFError) as error:
+            if interrupts.is_interrupted:
+                raise
+            code = console.end_with_error(error)
+        sys.exit(code)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run a command, and return its exit code."""
+    _check_arguments(arguments)
+    stdout, stderr = sys.stdout, sys.stderr
     try:
-        app(args=argv)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        message = " ".join(str(error).split())
-        print(f"querit: {message}", file=sys.stderr)
-        sys.exit(2)
+        code = app(args=arguments or ["--help"], prog_name="querit", standalone_mode=False)
+        if stdout is not None:
+            stdout.flush()
+        return code or 0
+    except typer.exceptions.TyperException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "querit"
+        raise ValueError(f"{error.format_message().rstrip('.')}; see {path} --help.") from None
+    except typer.Abort as error:
+        # What typer makes of a file that ends too early.
+        raise error.__cause__ or error from None
+    except (BrokenPipeError, SystemExit) as error:
+        # typer replaces the streams and exits with code 1 for a broken pipe of whatever kind.
+        sys.stdout, sys.stderr = stdout, stderr
+        broken = error.__context__ if isinstance(error, SystemExit) else error
+        if not isinstance(broken, BrokenPipeError):
+            raise
+        if not console.drop_closed_output():
+            raise broken from None
+        return console.CLOSED_OUTPUT_CODE
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse empty arguments, which are variables of a script that are not set."""
+    for before, argument in itertools.pairwise(["", *arguments]):
+        option, sign, value = argument.partition("=")
+        if option.startswith("--") and sign:
+            before, argument = option, value
+        if not argument.strip() and before not in _TEXTS:
+            name = before if before.startswith("-") else "An argument"
+            raise ValueError(f"{name} is empty: give it a value, or leave it out.")

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, JSONL, and hashes of files."""
+"""Text files and JSONL that users give, atomic writes of files and folders, and hashes of files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,21 @@ _DISK_FULL_MESSAGES = (
 _DISK_FULL = "The disk is full"
 _REASONS = {errno.EDQUOT: "The disk quota is used up", errno.EFBIG: "A file would exceed the limit of its size"}
 _NOT_WRITTEN = "could not be written. Files written before are complete"
+
+# No line of a text file is longer, and no file that is read as a whole: a device without an end is.
+_MAX_LINE_BYTES, _MAX_FILE_BYTES = 1 << 28, 1 << 26
+# JSON that is nested deeper is an attack or a mistake, and breaks whatever walks over it later.
+_MAX_JSON_DEPTH = 100
+# How files begin that are no text, and what to do with them.
+_NOT_TEXT = {
+    b"\x1f\x8b": "a gzip file: give it a name that ends in .gz",
+    b"PK\x03\x04": "a zip file or an office document: unpack it, or export it as text",
+    b"PAR1": "a parquet file: give it a name that ends in .parquet where rows are read, or convert it to JSONL",
+    b"%PDF": "a PDF: extract its text first",
+    b"BZh": "a bzip2 file: decompress it",
+    b"\xfd7zXZ": "an xz file: decompress it",
+    b"\x28\xb5\x2f\xfd": "a zstd file: decompress it",
+}
 
 
 @contextmanager
@@ -132,7 +148,8 @@ def read_jsonl(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a line is not JSON or not UTF-8, or a `.gz` file is damaged; the message names file and line.
+        ValueError: if a line is not JSON or not UTF-8; the message names file and line. Whatever `on_error` is, also if
+            the file as a whole is of another kind: UTF-16, compressed, a JSON array, a value over several lines.
 
     Example:
         ```python
@@ -141,7 +158,23 @@ def read_jsonl(
         [('documents.jsonl, line 1', {'text': 'red fox'})]
         ```
     """
-    for location, line in read_lines(path):
+    return parse_lines(read_lines(path), str(path), on_error)
+
+
+def parse_lines(
+    lines: Iterable[tuple[str, bytes]], name: str, on_error: Callable[[ValueError, bytes], None] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Parse lines of JSONL; as `read_jsonl`.
+
+    Args:
+        lines: Lines with their locations, from `read_lines`.
+        name: Name of the file, for error messages.
+        on_error: Called with the error and the raw line instead of raising.
+    """
+    for number, (location, line) in enumerate(lines):
+        if number == 0 and (is_json_array(line) or line.strip() == b"{"):
+            kind, program = ("a JSON array", ".[]") if is_json_array(line) else ("JSON over several lines", ".")
+            raise ValueError(f"{name} is {kind}: write one object per line (.jsonl), as jq -c '{program}' does.")
         try:
             value = parse_json(line, location)
         except ValueError as error:
@@ -152,6 +185,12 @@ def read_jsonl(
             yield location, value
 
 
+def is_json_array(first_line: bytes) -> bool:
+    """Whether a first line begins an array of objects or texts, not a text such as `[CLS]` or `[1]`."""
+    line = first_line.strip()
+    return line == b"[" or line.startswith((b"[{", b'["'))
+
+
 def read_lines(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Iterator[tuple[str, bytes]]:
     """Read the lines of a file that are not blank, each with its location `"NAME, line N"`; as `read_jsonl` otherwise.
 
@@ -160,26 +199,80 @@ def read_lines(file: str | os.PathLike[str] | BinaryIO, name: str | None = None)
         name: Name for error messages; by default the path.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a `.gz` file is damaged.
+        OSError: if there is no such file, or it is a folder or a device.
+        ValueError: if it is in UTF-16, compressed under a name that does not say so, damaged, or has an endless line.
     """
     if isinstance(file, str | os.PathLike):
-        path = Path(file)
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as opened:
-            yield from _numbered_lines(opened, name or str(file))
+        with open_file(file) as opened:
+            if Path(file).suffix == ".gz":
+                yield from _numbered_lines(gzip.GzipFile(fileobj=opened), name or str(file))  # type: ignore[arg-type]
+            else:
+                yield from _numbered_lines(opened, name or str(file))
     else:
         yield from _numbered_lines(file, str(name))
 
 
-def _numbered_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[str, bytes]]:
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file or a pipe for reading in binary.
+
+    Raises:
+        OSError: if there is no such file, or it is a folder or a device, which may have no end.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except ValueError as error:
+        raise FileNotFoundError(f"{str(path)!r} is not the name of a file: {error}.") from None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a folder: name a file.")
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+        raise OSError(f"{path} is a device, not a file: name a file.")
+    return Path(path).open("rb")
+
+
+def _numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
     number = 0
     try:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        while line := file.readline(_MAX_LINE_BYTES + 1):
+            number += 1
+            if number == 1:
+                line = _without_mark(line, name)
+            if len(line) > _MAX_LINE_BYTES:
+                raise ValueError(
+                    f"{name}, line {number} is longer than {_MAX_LINE_BYTES >> 20} MB: write shorter lines."
+                )
             if line.strip():
                 yield f"{name}, line {number}", line.rstrip(b"\r\n")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{name} is cut off after line {number}, or is not a gzip file: {error}") from None
+
+
+def _without_mark(text: bytes, name: str) -> bytes:
+    """The beginning of a text file without its byte order mark; an error if it is not the beginning of UTF-8 text."""
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in text[:4]:
+        raise ValueError(f"{name} is in UTF-16 or UTF-32, or no text: save it as UTF-8.")
+    for signature, kind in _NOT_TEXT.items():
+        if text.startswith(signature):
+            raise ValueError(f"{name} is {kind}.")
+    return text.removeprefix(codecs.BOM_UTF8)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a text file as a whole: settings, records, lists of examples; without its byte order mark.
+
+    Raises:
+        OSError: if there is no such file, or it is a folder or a device.
+        ValueError: if it is not UTF-8, or larger than 64 MB.
+    """
+    with open_file(path) as file:
+        text = file.read(_MAX_FILE_BYTES + 1)
+    if len(text) > _MAX_FILE_BYTES:
+        raise ValueError(f"{path} is larger than {_MAX_FILE_BYTES >> 20} MB: is it the right file?")
+    return decode_line(_without_mark(text, str(path)), str(path))
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file; errors as in `read_text`, and a ValueError that names file and line if it is not JSON."""
+    return parse_json(read_text(path).encode("utf-8"), str(path))
 
 
 def decode_line(line: bytes, location: str) -> str:
@@ -198,13 +291,43 @@ def decode_line(line: bytes, location: str) -> str:
         raise ValueError(f"{location}: {error}; save it as UTF-8.") from None
 
 
-def parse_json(line: bytes, location: str) -> Any:
-    """Parse a line of JSON in UTF-8; arguments and errors as in `decode_line`."""
-    text = decode_line(line, location)
+def parse_json(text: bytes, location: str) -> Any:
+    """Parse JSON in UTF-8.
+
+    Args:
+        text: A line, or the content of a file.
+        location: File and perhaps line number, for the error message.
+
+    Raises:
+        ValueError: if it is not UTF-8, not JSON, or nested too deeply.
+    """
+    decoded = decode_line(text, location)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = json.loads(decoded)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"{location}: {error.msg} ({line}column {error.colno}).") from None
+    except RecursionError:
+        raise ValueError(f"{location}: nested too deeply.") from None
+    except ValueError as error:
+        # A number of too many digits.
         raise ValueError(f"{location}: {error}") from None
+    # Counting the brackets is quick, and enough for nearly all.
+    if text.count(b"[") + text.count(b"{") > _MAX_JSON_DEPTH and _is_deep(value):
+        raise ValueError(f"{location}: nested more than {_MAX_JSON_DEPTH} levels deep.")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_JSON_DEPTH):
+        level = [
+            item
+            for inner in level
+            if isinstance(inner, dict | list)
+            for item in (inner.values() if isinstance(inner, dict) else inner)
+        ]
+    return bool(level)
 
 
 def jsonl_sha256(rows: Iterable[Any], default: Callable[[Any], Any] | None = None) -> str:

@@ -9,8 +9,9 @@ from modeling_querit.ranking_querit import RankedDocument
 RANKING = [RankedDocument(1, 0.5, {"title": "Fox", "text": "red\n[bold]"}), RankedDocument(0, -0.25, "ü" * 200)]
 
 
-def test_a_ranking_as_json():
-    assert json.loads(console.ranking_json("mini", RANKING)) == {
+def test_a_ranking_as_json(capsys):
+    console.print_ranking_json("mini", RANKING)
+    assert json.loads(capsys.readouterr().out) == {
         "model": "mini",
         "results": [
             {"index": 1, "score": 0.5, "document": {"title": "Fox", "text": "red\n[bold]"}},

@@ -170,6 +170,8 @@ def test_the_hash_of_rows_is_that_of_their_file(path):
 @given(st.lists(JSON, max_size=5))
 def test_rows_are_read_as_they_were_written(tmp_path, rows):
     path = tmp_path / "rows.jsonl"
+    # A list in the first line would be that of a JSON array.
+    rows = [{}, *rows]
     write_jsonl(rows, path)
     expected = [(f"{path}, line {number}", row) for number, row in enumerate(rows, start=1)]
     assert list(read_jsonl(path)) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -25,6 +26,8 @@ from tenacity import (
 
 from ..threads import threads
 
+logger = logging.getLogger(__name__)
+
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
 
@@ -36,6 +39,8 @@ _TRANSIENT_STATUS = {408, 409, 425, 429}
 # the server counts as gone.
 _MAX_FAILURES = 8
 _MAX_WAIT_SECONDS = 60.0
+# Seconds to wait for a connection before a run begins.
+_CHECK_SECONDS = 5.0
 
 
 class Unavailable(ConnectionError):
@@ -105,7 +110,7 @@ class Endpoint:
             httpx.URL(url)
         except httpx.InvalidURL as error:
             raise ValueError(f"url is {url!r}: {error}.") from None
-        self.url, self.concurrency, self._timeout = url, concurrency, timeout
+        self.url, self.concurrency, self._timeout, self._attempts = url, concurrency, timeout, attempts
         #: Number of retries by their reason, `unavailable` or `malformed`.
         self.retries: Counter[str] = Counter()
         self._is_working, self._refusals, self._failures = False, 0, 0
@@ -126,6 +131,21 @@ class Endpoint:
             before_sleep=self._count_retry,
             reraise=True,
         )
+
+    def check(self) -> None:
+        """Check that there is a server, whatever it answers, without the patience that requests have.
+
+        Raises:
+            Unavailable: if it cannot be reached.
+        """
+        try:
+            with self._client.stream("GET", self.url, timeout=min(self._timeout, _CHECK_SECONDS)):
+                pass
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
+            raise Unavailable(f"{self.url} could not be reached: {error}; start the server, or correct url.") from None
+        except httpx.HTTPError:
+            # It is there, and slow or strange: requests will tell.
+            return
 
     def mark_as_working(self) -> None:
         """Take the server as one that answers, as its cached answers show: a refusal is then that request's fault."""
@@ -210,6 +230,8 @@ class Endpoint:
         return httpx.Response(response.status_code, headers=response.headers, content=b"".join(pieces))
 
     def _count_retry(self, state: RetryCallState) -> None:
+        if not self.retries:
+            logger.warning("%s Trying again, for up to %d times.", _last_error(state), self._attempts)
         self.retries[type(_last_error(state)).__name__.lower()] += 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -14,10 +14,12 @@ import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
-from ..checkpoints.loading import check_local_path
+from ..checkpoints.loading import check_available, check_local_path
 from ..retrieval.collection import Source
 from ..retrieval.dense import check_index, check_package
 from ..training.arguments import settings_from_mapping
+from .candidates import is_first_stage
+from .endpoint import Endpoint
 from .extractive import ExtractiveGenerator
 from .generators import make_generators
 from .manifest import fingerprint_of, summarize
@@ -70,9 +72,11 @@ class Adaptation:
         for name in stages:
             if name not in STAGE_NAMES:
                 raise ValueError(f"stage is {name!r}: choose from {', '.join(STAGE_NAMES)}.")
-        check(self.settings)
+        users = check(self.settings, stages)
         # Not kept from run to run: files may have changed.
         context = Context(self.settings, self.process)
+        if self.process.is_main_process:
+            self._check_servers(users, stages, context)
         with self._locked():
             for stage in STAGES:
                 if stage.name in stages and (stage.runs_on_all_processes or self.process.is_main_process):
@@ -84,6 +88,15 @@ class Adaptation:
         # A trainer that is no longer needed still holds connections.
         gc.collect()
         self.process.destroy_process_group()
+
+    def _check_servers(self, users: Mapping[str, object], stages: Sequence[str], context: Context) -> None:
+        """Check that the servers answer which stages will ask; those of a finished stage may be gone."""
+        unfinished = {"queries", "teachers"} & set(stages) - context.manifest.stages.keys()
+        for name, user in users.items():
+            if name.partition(".")[0] in unfinished and isinstance(
+                endpoint := getattr(user, "endpoint", None), Endpoint
+            ):
+                endpoint.check()
 
     def _run_stage(self, stage: Stage, context: Context) -> None:
         inputs = [context.folder / name for name in stage.reads]
@@ -126,8 +139,15 @@ class Adaptation:
             lock.release()
 
 
-def check(settings: AdaptSettings) -> None:
+def check(settings: AdaptSettings, stages: Sequence[str] = STAGE_NAMES) -> dict[str, object]:
     """Check everything that can be checked before a run, which may take hours; nothing is loaded or written.
+
+    Args:
+        settings: Settings of the run.
+        stages: Names of the stages that are run, whose models have to be there.
+
+    Returns:
+        Generators and rerankers as teachers by section, such as `teachers.server`; none of them is loaded yet.
 
     Raises:
         ValueError: if a setting is invalid.
@@ -144,20 +164,27 @@ def check(settings: AdaptSettings) -> None:
     settings.queries.limits()
     settings.candidates.bands()
     check_styles(settings.queries.styles, settings.queries.per_document)
-    _check_options(settings)
+    users = _check_options(settings)
     folder = settings.output_dir
     settings_from_mapping(settings.training(folder / TRAIN_ROWS, folder / "train"), "the section train")
     for source in settings.evaluation:
         Source.parse(source).check()
+    sections = {section for stage in STAGES if stage.name in stages for section in stage.sections}
+    for name in settings.local_models(sections):
+        if not is_first_stage(name):
+            check_available(name)
+    return users
 
 
-def _check_options(settings: AdaptSettings) -> None:
+def _check_options(settings: AdaptSettings) -> dict[str, object]:
     """Construct generators and teachers, which loads no model yet; first stages as teachers need the documents."""
-    make_generators(settings.queries.generators, ExtractiveGenerator([]))
+    generators = make_generators(settings.queries.generators, ExtractiveGenerator([]))
     known = settings.candidates.first_stages
     rerankers = {
         name: teacher
         for name, teacher in settings.teachers.items()
         if teacher_type(name, teacher, known) != FIRST_STAGE
     }
-    make_teachers(rerankers, settings.candidates, {}, {}, Path())
+    teachers = make_teachers(rerankers, settings.candidates, {}, {}, Path())
+    users: dict[str, object] = {f"queries.{name}": generator for name, generator in generators.items()}
+    return users | {f"teachers.{name}": teacher for name, teacher in teachers.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ..files import decode_line, read_lines
 from .corpus import CorpusDocument
 
 # Style -> what such a query is, and the name of the field that it goes in.
@@ -63,15 +64,11 @@ def read_examples(path: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not UTF-8.
+        ValueError: if it is not text in UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(f"queries.examples: no such file: {path}.")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}; save it as UTF-8.") from None
-    return [line.strip() for line in lines if line.strip()]
+    return [decode_line(line, place).strip() for place, line in read_lines(path)]
 
 
 def instruction_of(request: QueryRequest, template: str = INSTRUCTION) -> str:

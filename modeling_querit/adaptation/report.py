@@ -7,11 +7,12 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
 from ..files import atomic_write, write_json
+from ..markdown import escape
 from ..plotting import new_plot, save_plot
 from ..training.calibration import Teachers
 from ..training.callbacks import PLOT_FILE
@@ -24,6 +25,8 @@ REPORT_FILE, METRICS_FILE = "report.md", "figures.json"
 _COLUMNS = ("first_stage", "teacher", "general", "adapted")
 _EXAMPLES, _EXAMPLE_CHARS = 12, 160
 _LANGUAGES_SHOWN = 12
+_ORIGIN: tuple[Literal["language", "style", "generator", "document"], ...]
+_ORIGIN = ("language", "style", "generator", "document")
 _BINS = 30
 
 
@@ -89,14 +92,14 @@ def _metrics_section(metrics: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row in metrics:
         cells = " | ".join(f"{row[name]:.1f}" for name in _COLUMNS)
-        lines.append(f"| {row['collection']} | {row['queries']} | {cells} | {row['p_value']:.4f} |")
+        lines.append(f"| {escape(row['collection'])} | {row['queries']} | {cells} | {row['p_value']:.4f} |")
     return "\n".join(lines).replace("first_stage", "first stage")
 
 
 def _stages_section(stages: Mapping[str, StageRecord]) -> str:
     lines = ["## Stages", "", "| stage | seconds | |", "| --- | ---: | --- |"]
     for name, record in stages.items():
-        lines.append(f"| {name} | {record['seconds']:,.0f} | {summarize(record['counts'])} |")
+        lines.append(f"| {name} | {record['seconds']:,.0f} | {escape(summarize(record['counts']))} |")
     return "\n".join(lines)
 
 
@@ -124,7 +127,7 @@ def _teachers_section(settings: AdaptSettings, rows: Sequence[ScoredRow]) -> str
         ranks = [_rank(positive, values) for (_, positive), values in zip(positives, scores, strict=True)]
         first = sum(rank == 1 for rank in ranks) / len(ranks)
         reciprocal = sum(1 / rank for rank in ranks) / len(ranks)
-        lines.append(f"| {name} | {weight} | {first:.0%} | {reciprocal:.2f} |")
+        lines.append(f"| {escape(name)} | {weight} | {first:.0%} | {reciprocal:.2f} |")
     return "\n".join(lines)
 
 
@@ -138,11 +141,9 @@ def _examples_section(queries: Sequence[QueryRow], seed: int) -> str:
     lines = ["## Examples of queries", "", "| query | language | style | written by | document |"]
     lines.append("| --- | --- | --- | --- | --- |")
     for query in chosen:
-        text = query["text"][:_EXAMPLE_CHARS].replace("|", "\\|")
         origin = query["metadata"]
-        lines.append(
-            f"| {text} | {origin['language']} | {origin['style']} | {origin['generator']} | {origin['document']} |"
-        )
+        cells = [query["text"][:_EXAMPLE_CHARS], *(origin[name] for name in _ORIGIN)]
+        lines.append(f"| {' | '.join(map(escape, cells))} |")
     return "\n".join(lines)
 
 

@@ -15,13 +15,14 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from ..checkpoints.mini import MINI_NAME
 from ..retrieval.runs import is_run
 from ..retrieval.sampling import Bands
-from ..training.arguments import read_yaml
+from ..settings_files import read_settings
 from .filters import QueryLimits
 
 # Types of generators and teachers that other modules ask for.
@@ -263,6 +264,13 @@ class AdaptSettings(Section):
             )
         return self
 
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _check_output_dir(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("it is empty: name a folder")
+        return value
+
     @classmethod
     def load(cls, path: str | Path) -> AdaptSettings:
         """Read a YAML file.
@@ -271,7 +279,7 @@ class AdaptSettings(Section):
             ValueError: if it is not YAML, or a setting is missing, unknown or out of its range; the message names it.
         """
         try:
-            return cls.model_validate(read_yaml(path))
+            return cls.model_validate(read_settings(path))
         except ValidationError as error:
             raise ValueError(f"{path}: {first_error(error)}") from None
 

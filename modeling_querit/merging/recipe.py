@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from ..checkpoints.mini import MINI_NAME
 from ..checkpoints.safetensors_io import parse_dtype
 from ..environment import environment
 from ..files import write_json
+from ..settings_files import read_settings
 from .methods import METHODS
 from .schedule import Schedule
 
@@ -90,12 +90,12 @@ class Recipe:
             ValueError: if it is not a recipe.
         """
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = read_settings(path)
             fields, parents = record.get("recipe", record) | changes, record.get("parents") or ()
             if parents and not changes.keys() & {"models", "base"}:
                 fields = _pin_revisions(fields, parents)
             return cls(**fields | {"parents": parents})
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a recipe ({error}): give JSON with the keys of merge.json.") from None
 
     def save(self, folder: Path, parents: Sequence[Mapping[str, Any]]) -> None:

@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..cards import find_card, find_card_problems, render_card
 from ..checkpoints.loading import check_folder
+from ..console import print_table, printable, say
+from ..files import read_text
 from .checks import find_problems, find_text_problems, visible_files
 from .hub import Destination, Files, publish
 from .reference_scores import REFERENCE_FILE, compute_reference, find_score_problems, read_reference
@@ -52,7 +54,7 @@ def release_folder(
     check_folder(folder)
     if card is None:
         readme = folder / "README.md"
-        text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+        text = read_text(readme) if readme.is_file() else ""
         card_problems = find_card_problems(text)
     else:
         path = find_card(card)
@@ -84,12 +86,12 @@ def print_plan(files: Files, destination: Destination, is_recorded: bool) -> Non
     table = Table("file", "bytes", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     for name, content in sorted(files.items()):
-        table.add_row(name, f"{len(content) if isinstance(content, bytes) else content.stat().st_size:,}")
-    console = Console()
-    console.print(table)
+        table.add_row(
+            Text(printable(name)), f"{len(content) if isinstance(content, bytes) else content.stat().st_size:,}"
+        )
+    print_table(table)
     how = "a pull request to" if destination.pr else "a commit to"
-    console.print(f"As {how} {destination.repo_id}@{destination.revision}", end="")
-    console.print(f", tagged {destination.tag}." if destination.tag else ".")
-    console.print(
-        f"AutoModel and CrossEncoder give the reference scores{'' if is_recorded else ', which are computed just now'}."
-    )
+    tag = f", tagged {destination.tag}" if destination.tag else ""
+    say(f"As {how} {destination.repo_id}@{destination.revision}{tag}.")
+    computed = "" if is_recorded else ", which are computed just now"
+    say(f"AutoModel and CrossEncoder give the reference scores{computed}.")

@@ -6,6 +6,7 @@ each may be gzipped.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,13 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import decode_line, parse_json, read_jsonl, read_lines
+from ..files import decode_line, is_json_array, parse_lines, read_jsonl, read_lines
 
 # Relevance judgements: query id -> document id -> grade (0: judged, but not relevant).
 Qrels = Mapping[str, Mapping[str, int]]
 
 _HEADERS = ("query-id", "query_id", "qid")
-_JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+_JSONL = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+# More than anybody reranks; a stream without an end has more.
+_MAX_DOCUMENTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -136,23 +140,34 @@ def read_documents(source: str, is_jsonl: bool | None = None) -> list[str | dict
     Args:
         source: Path of a file in UTF-8, which may be gzipped; `-` is standard input.
         is_jsonl: Whether a line is JSON, a string or an object with a `text` and perhaps a `title`, or else a plain
-            text. By default it is JSON if the name ends in `.jsonl` or `.ndjson`, or the first line starts with `{`.
+            text. By default it is JSON if the name ends in `.jsonl`, `.ndjson` or `.json`, or the first line looks like
+            it, and a table (`.csv`, `.tsv`) is refused.
 
     Raises:
-        ValueError: if there are no documents, or a line cannot be read; the message names file and line.
+        ValueError: if there are no documents, more than a million, or a line cannot be read; the message names file and
+            line.
         OSError: if the file cannot be read.
     """
     name = "standard input" if source == "-" else source
     if source == "-" and sys.stdin is None:
         raise ValueError("There is no standard input: name a file.")
-    lines = list(read_lines(sys.stdin.buffer if source == "-" else source, name))
-    if not lines:
+    if is_jsonl is None and source.lower().endswith(_TABLES):
+        raise ValueError(f"{name} is a table: write its texts one per line, or rank whole rows by --format text.")
+    lines = read_lines(sys.stdin.buffer if source == "-" else source, name)
+    first = next(lines, None)
+    if first is None:
         raise ValueError(f"{name} is empty: give one document per line.")
     if is_jsonl is None:
-        is_jsonl = source.endswith(_JSONL) or lines[0][1].lstrip().startswith(b"{")
-    if is_jsonl:
-        return [_checked_document(parse_json(line, location), location) for location, line in lines]
-    return [decode_line(line, location) for location, line in lines]
+        is_jsonl = source.endswith(_JSONL) or first[1].lstrip().startswith(b"{") or is_json_array(first[1])
+    lines = itertools.chain([first], lines)
+    documents: list[str | dict[str, Any]] = []
+    for location, document in parse_lines(lines, name) if is_jsonl else lines:
+        if len(documents) == _MAX_DOCUMENTS:
+            raise ValueError(f"{name} has more than {_MAX_DOCUMENTS:,} documents: rerank the top of a first stage.")
+        documents.append(
+            decode_line(document, location) if isinstance(document, bytes) else _checked_document(document, location)
+        )
+    return documents
 
 
 def _checked_document(document: Any, location: str) -> str | dict[str, Any]:

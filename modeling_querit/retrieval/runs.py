@@ -6,9 +6,8 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from ..files import atomic_write
+from ..files import atomic_write, decode_line, read_lines
 
 # Query id -> (document id, score), best first.
 Run = dict[str, list[tuple[str, float]]]
@@ -33,19 +32,17 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         ValueError: if a line has another form, or a query has a document twice; the message names file and line.
     """
     run: dict[str, dict[str, float]] = defaultdict(dict)
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        fields = line.split()
+    for place, line in read_lines(path):
+        fields = decode_line(line, place).split()
         try:
             query, _, document, _, score = fields[:5]
             value = float(score)
         except ValueError:
-            raise ValueError(f"{path}, line {number}: not 'query Q0 document rank score tag'.") from None
+            raise ValueError(f"{place}: not 'query Q0 document rank score tag'.") from None
         if not math.isfinite(value):
-            raise ValueError(f"{path}, line {number}: the score is {score}, not a finite number.")
+            raise ValueError(f"{place}: the score is {score}, not a finite number.")
         if document in run[query]:
-            raise ValueError(f"{path}, line {number}: query {query} has document {document} twice.")
+            raise ValueError(f"{place}: query {query} has document {document} twice.")
         run[query][document] = value
     return {query: sorted(hits.items(), key=lambda hit: -hit[1]) for query, hits in run.items()}
 

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,15 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from ..files import parse_json
 from ..retrieval.sampling import Bands
+from ..settings_files import read_settings
 from .calibration import METHODS
 from .data import is_collection
 from .losses import LOSSES, select_losses
@@ -100,6 +102,7 @@ class QueritTrainingArguments(TrainingArguments):
         # CPUs compute in bfloat16 too, but the Trainer refuses it there unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        check_reports(cast(list[str], self.report_to))
         self._check_losses()
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             _check_at_least(1, name, getattr(self, name))
@@ -285,16 +288,30 @@ class RunArguments:
     )
 
 
+def check_reports(names: Sequence[str]) -> None:
+    """Check that the packages which a run reports to are there; the Trainer finds out once the model is loaded.
+
+    Args:
+        names: Names of transformers' integrations.
+
+    Raises:
+        ValueError: if one is unknown.
+        ModuleNotFoundError: if one is not installed.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to is {name!r}: choose none, or from {', '.join(INTEGRATION_TO_CALLBACK)}.")
+        if name not in (*get_available_reporting_integrations(), "flyte"):
+            raise ModuleNotFoundError(f"report_to is {name!r}, which is not installed: install it, or leave it out.")
+
+
 def _check_at_least(minimum: int, name: str, value: int | None) -> None:
     if value is not None and value < minimum:
         raise ValueError(f"{name} is {value}: it has to be at least {minimum}.")
 
 
 def _parse_json(name: str, text: str, example: dict[str, Any]) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name} is {text!r}: {error}") from None
+    values = parse_json(text.encode("utf-8", "backslashreplace"), f"{name} is {text!r}")
     if not isinstance(values, dict):
         raise ValueError(f"{name} is {text!r}: give JSON such as {json.dumps(example)}.")
     return values
@@ -330,6 +347,8 @@ class TrainingSettings:
         data_args, run_args, training_args = self.data_args, self.run_args, self.training_args
         if not data_args.train:
             raise ValueError("There is nothing to train on: name files or folders with --train.")
+        if not training_args.output_dir.strip():
+            raise ValueError("output_dir is empty: name a folder.")
         if Path(training_args.output_dir).is_file():
             raise ValueError(f"output_dir {training_args.output_dir} is a file: name a folder.")
         if training_args.save_only_model and (run_args.resume or training_args.resume_from_checkpoint):
@@ -373,7 +392,7 @@ def parse(argv: Sequence[str]) -> TrainingSettings:
     values: dict[str, Any] = {}
     if argv and argv[0].endswith((".yaml", ".yml")):
         path = argv.pop(0)
-        values = _typed_values(read_yaml(path), path)
+        values = _typed_values(read_settings(path), path)
     # argparse fills in defaults only where the namespace has no value yet.
     parser = _Parser(_PARTS, prog="querit train", epilog=_HELP_EXAMPLE)  # type: ignore[arg-type]
     namespace, unknown = parser.parse_known_args(argv, argparse.Namespace(**values))
@@ -408,7 +427,13 @@ def settings_from_mapping(mapping: Mapping[str, Any], where: str) -> TrainingSet
 def _settings_from_values(values: Mapping[str, Any]) -> TrainingSettings:
     def make(part: type) -> Any:
         names = {setting.name for setting in dataclasses.fields(part) if setting.init}
-        return part(**{name: value for name, value in values.items() if name in names})
+        try:
+            return part(**{name: value for name, value in values.items() if name in names})
+        except Exception as error:
+            # transformers checks its settings, and those of other libraries, by errors of many types.
+            if isinstance(error, ValueError | ModuleNotFoundError):
+                raise
+            raise ValueError(f"These settings cannot be used: {error}") from error
 
     return TrainingSettings(*map(make, _PARTS))
 
@@ -460,30 +485,6 @@ def _with_home(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_home(element) for element in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """Reads `1e-5` as a number, as YAML 1.2 does; for PyYAML, which follows YAML 1.1, it is text without a point."""
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Raises:
-        ValueError: if it is not YAML, or not a mapping.
-    """
-    try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _YamlLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is not a mapping of settings, such as 'model: mini'.")
-    return settings
 
 
 def changed_settings(arguments: Any) -> dict[str, Any]:

@@ -6,17 +6,15 @@ applies it. The settings of `querit train` and `Teachers` follow.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..files import write_json
+from ..files import read_json, write_json
 
 # Share of scores that "quantile" clips at either end: single outliers must not set the scale.
 _CLIPPED_SHARE = 0.01
@@ -217,7 +215,7 @@ class Teachers:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Teachers:
         """Read what `save` wrote."""
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = read_json(path)
         calibrations = {
             name: Calibration(entry["method"], tuple(entry["scores"]), tuple(entry["labels"]))
             for name, entry in entries.items()

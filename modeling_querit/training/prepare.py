@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
+from ..checkpoints.loading import check_available
 from ..evaluation.evaluate import Reranker
 from ..files import jsonl_sha256, write_json, write_jsonl
 from ..retrieval.bm25 import BM25
@@ -62,6 +63,7 @@ def prepare(settings: TrainingSettings, output_dir: Path) -> tuple[list[Row] | I
     _warn_of(rejects)
     if rows is not None:
         _check_rows(rows, validation, settings)
+    check_available(settings.model_args.model)
     # Nothing is written before everything that can be wrong has been checked.
     record = make_record(settings, _files(data_args), training_args.world_size)
     if rows is not None:
@@ -192,6 +194,9 @@ def stream_rows(
     for source in sources:
         if source.endswith(ROW_FILES):
             rows = read_rows(source, rejects)
+        elif Path(source).exists() or source.startswith((".", "/", "~")):
+            state = "is no file of rows" if Path(source).exists() else "does not exist"
+            raise ValueError(f"{source} {state}: give .jsonl, .json or .parquet (one row a line), or a BEIR folder.")
         else:
             name, _, split = source.partition(":")
             rows = read_table(name, split or _TRAIN_SPLIT, rejects)

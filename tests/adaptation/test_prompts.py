@@ -68,5 +68,5 @@ def test_examples_are_read_from_a_file(tmp_path):
     path.write_bytes("red fox\r\n\n  Füchse \n".encode())
     assert read_examples(path) == ["red fox", "Füchse"]
     path.write_bytes("Füchse".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"queries.txt: .*save it as UTF-8"):
+    with pytest.raises(ValueError, match=r"queries.txt, line 1: .*save it as UTF-8"):
         read_examples(path)

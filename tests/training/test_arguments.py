@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from modeling_querit.training.arguments import changed_settings, parse, read_yaml, settings_from_mapping
+from modeling_querit.training.arguments import changed_settings, parse, settings_from_mapping
 
 QUIET = {"report_to": "none", "use_cpu": True}
 
@@ -54,13 +54,6 @@ def test_flags_win_over_yaml(tmp_path):
 )
 def test_values_become_the_type_of_their_setting(tmp_path, name, value, expected):
     assert getattr(make_settings(tmp_path, **{name: value}).training_args, name) == expected
-
-
-def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
-    """YAML 1.1 reads 1e-6 as text, also in mappings, whose values have no declared type."""
-    (tmp_path / "config.yaml").write_text("lr_scheduler_kwargs: {min_lr: 1e-6}\nlearning_rate: 5e-5\nmodel: e5\n")
-    expected = {"lr_scheduler_kwargs": {"min_lr": 1e-6}, "learning_rate": 5e-5, "model": "e5"}
-    assert read_yaml(tmp_path / "config.yaml") == expected
 
 
 def test_a_tilde_is_the_home_folder(tmp_path):
