@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +17,18 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
+from .console import printable
 from .files import read_json, read_text
+from .markdown import code, escape
 
 # The stub that `save_pretrained` writes is in saving_querit.py: that file travels with every checkpoint, so it imports
 # nothing from here.
-from .saving_querit import CARD_STUB, USAGE
+from .saving_querit import CARD_STUB, python_text, usage
 
 _TAGS = ["reranker", "cross-encoder", "sentence-transformers", "querit"]
-_SEQ_CLS_CARD = """# {name}
+_SEQ_CLS_CARD = """# {title}
 
-`{source}`, a Querit reranker ([arXiv 2606.19037](https://arxiv.org/abs/2606.19037)), as `{architecture}` with one
+{source}, a Querit reranker ([arXiv 2606.19037](https://arxiv.org/abs/2606.19037)), as `{architecture}` with one
 label, for servers that run no code of a repository. The relevance score is the tanh of its logit, in [-1, 1].
 
 The logit has a bias, {bias}. vLLM adds it. transformers and sentence-transformers have no place for it: they report
@@ -45,7 +49,7 @@ model.rank("who wrote Faust", ["Goethe finished Faust in 1831.", "A fist is a cl
 vLLM uses a chat template only if it is given as a file:
 
 ```bash
-vllm serve {name} --runner pooling --chat-template {name}/chat_template.jinja
+vllm serve {folder} --runner pooling --chat-template {folder}/chat_template.jinja
 ```
 """
 
@@ -172,18 +176,18 @@ def merged_card(name: str, recipe: Mapping[str, Any], terms: Terms = Terms()) ->
     shown = ("t", "weights", "scale") if recipe["base"] else ("t", "weights")
     settings = [f"{key} {_plain(recipe[key])}" for key in shown if recipe[key]]
     lines = [
-        f"# {name}",
+        f"# {escape(name)}",
         "",
         f"A Querit reranker, merged by `querit merge` ({', '.join([recipe['method'], *settings])}) from",
         "",
-        *(f"- `{model}`" for model in recipe["models"]),
-        *(["", f"with the task vectors taken from `{recipe['base']}`."] if recipe["base"] else []),
+        *(f"- {code(model)}" for model in recipe["models"]),
+        *(["", f"with the task vectors taken from {code(recipe['base'])}."] if recipe["base"] else []),
         "",
         "`merge.json` holds the recipe and the hashes of the parents. The conditions of the parents' licences apply to",
         "this model too.",
         "The method is Querit-Reranker ([arXiv 2606.19037](https://arxiv.org/abs/2606.19037)).",
     ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n\n" + USAGE.replace("{name}", name) + terms.section
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n\n" + usage(name) + terms.section
 
 
 def seq_cls_card(name: str, architecture: str, source: str, bias: float, terms: Terms = Terms()) -> str:
@@ -204,9 +208,11 @@ def seq_cls_card(name: str, architecture: str, source: str, bias: float, terms: 
     shown_source = Path(source).resolve().name if Path(source).is_dir() else source
     text = _SEQ_CLS_CARD
     for key, value in {
-        "name": name,
+        "title": escape(name),
+        "name": python_text(name),
+        "folder": shlex.quote(printable(" ".join(name.split()))),
         "architecture": architecture,
-        "source": shown_source,
+        "source": code(shown_source),
         "bias": f"{bias:.6g}",
     }.items():
         text = text.replace(f"{{{key}}}", value)
@@ -347,7 +353,10 @@ def _is_number(value: object) -> bool:
 
 
 def _table(metrics: Sequence[EvalResult]) -> str:
-    rows = [f"| {metric.dataset_name} | {metric.metric_name} | {metric.metric_value:.2f} |" for metric in metrics]
+    rows = [
+        f"| {escape(metric.dataset_name)} | {escape(metric.metric_name)} | {metric.metric_value:.2f} |"
+        for metric in metrics
+    ]
     return "\n".join(["| collection | metric | |", "| --- | --- | ---: |", *rows])
 
 

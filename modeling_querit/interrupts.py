@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import math
 import os
 import signal
 import sys
@@ -28,6 +29,10 @@ class Interrupts:
     def is_interrupted(self) -> bool:
         """Whether there was one."""
         return self._since is not None
+
+    def end(self) -> None:
+        """Take note that the interrupt has been reported, and ignore further ones."""
+        self._since = math.inf
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Handle the signal SIGINT."""
@@ -69,7 +74,11 @@ def one_line_interrupts(is_program: bool = False) -> Iterator[Interrupts]:
     hook_before, sys.unraisablehook = sys.unraisablehook, interrupts.handle_dropped
     try:
         yield interrupts
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == EXIT_CODE and not interrupts.is_interrupted:
+            # A block in this one has dealt with it.
+            interrupts.end()
+            raise
         if not interrupts.is_interrupted:
             raise
         _say_interrupted()

@@ -7,7 +7,7 @@ import re
 from .console import printable
 
 # What Markdown, HTML and the formulas of the Hub would act on.
-_MARKUP = re.compile(r"[\\`*_{}\[\]()#+!|~$]")
+_MARKUP = re.compile(r"[\\`*\[\]|~$]|^[#>+-]|(?<![^\W_])_|_(?![^\W_])")
 _HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 

@@ -83,6 +83,16 @@ by themselves, sentence-transformers and vLLM among them, take it for the token.
 """
 
 
+def usage(name: str) -> str:
+    """Examples of how to use the model of this name."""
+    return USAGE.replace("{name}", python_text(name))
+
+
+def python_text(name: str) -> str:
+    """A name as it stands between quotation marks in Python."""
+    return json.dumps(name, ensure_ascii=not name.isprintable())[1:-1]
+
+
 def write_folder_files(model: QueritPreTrainedModel, folder: str | os.PathLike[str]) -> None:
     """Write code files, tokenizer, files for sentence-transformers, and a card stub if there is no card yet.
 
@@ -118,7 +128,7 @@ def write_card_stub(folder: str | os.PathLike[str], name: str, over_template: bo
     """
     card = Path(folder) / "README.md"
     if not card.exists() or (over_template and "has been automatically generated" in card.read_text(encoding="utf-8")):
-        card.write_text(CARD_STUB + USAGE.replace("{name}", name), encoding="utf-8")
+        card.write_text(CARD_STUB + usage(name), encoding="utf-8")
 
 
 def finish_weights(folder: str | os.PathLike[str]) -> None:

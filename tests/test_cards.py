@@ -1,6 +1,7 @@
 """Cards of merged and converted models: metadata for the Hub, and no local paths."""
 
 import ast
+import json
 import re
 
 import pytest
@@ -191,3 +192,18 @@ def test_the_terms_of_several_models_are_combined(tmp_path):
 def test_a_card_without_terms_passes_nothing_on(tmp_path, card):
     (tmp_path / "README.md").write_text(card)
     assert read_terms(tmp_path) == Terms()
+
+
+HOSTILE = '<script>`a`"\n# b'
+
+
+def test_names_in_cards_are_no_markup():
+    recipe = {"base": None, "models": [HOSTILE, "me/b"], "method": "slerp", "t": ["0.5"], "weights": (), "scale": 1.0}
+    for card in (merged_card(HOSTILE, recipe), seq_cls_card(HOSTILE, "Qwen3ForSequenceClassification", HOSTILE, 0.5)):
+        text, *programs = card.partition("---\n\n")[2].split("```python")
+        assert '# &lt;script&gt;\\`a\\`" # b\n' in text
+        assert '``<script>`a`" # b``' in text
+        assert "\n# b" not in card
+        for program in programs:
+            compile(program.partition("```")[0], "card", "exec")
+            assert json.dumps(HOSTILE) in program

@@ -1,4 +1,5 @@
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -47,10 +48,7 @@ def bomb(line):
     """Ten levels of ten aliases each: ten billion values."""
     names = "abcdefghijk"
     lines = [f"a: &a {line}"]
-    lines += [
-        f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]"
-        for before, name in zip(names[:-1], names[1:], strict=True)
-    ]
+    lines += [f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]" for before, name in pairwise(names)]
     return "\n".join(lines) + "\n"
 
 
