@@ -54,19 +54,25 @@ def test_an_interrupt_in_a_finalizer_is_not_lost(capfd):
         def __del__(self):
             interrupt()
 
-    with pytest.raises(SystemExit), one_line_interrupts():
+    def work():
         Interrupted()
         # Sleeping, not busy: the interrupt comes again.
         time.sleep(10)
+
+    with pytest.raises(SystemExit), one_line_interrupts():
+        work()
     assert capfd.readouterr().err == LINE
 
 
 def test_a_second_interrupt_at_once_is_the_same_one(capfd):
-    with pytest.raises(SystemExit), one_line_interrupts():
+    def work():
         try:
             interrupt()
         finally:
             interrupt()
+
+    with pytest.raises(SystemExit), one_line_interrupts():
+        work()
     assert capfd.readouterr().err == LINE
 
 

@@ -58,21 +58,36 @@ def prepare(settings: TrainingSettings, output_dir: Path) -> tuple[list[Row] | I
     if training_args.process_index:
         return _read_prepared(settings, output_dir)
     with Rejects(output_dir / REJECTS_FILE) as rejects:
-        validation = _read_validation(settings, rejects)
-        rows = None if data_args.streaming else _read_training_rows(data_args, training_args.seed, rejects)
+        try:
+            validation = _read_validation(settings, rejects)
+            rows = None if data_args.streaming else _read_training_rows(data_args, training_args.seed, rejects)
+            record = _checked_record(rows, validation, settings, output_dir, rejects)
+        except Exception:
+            rejects.discard()
+            raise
     _warn_of(rejects)
+    _write(rows, record, output_dir)
+    return _stream(data_args, training_args) if rows is None else rows, validation
+
+
+def _checked_record(
+    rows: list[Row] | None, validation: Validation, settings: TrainingSettings, output_dir: Path, rejects: Rejects
+) -> Record:
+    """Check everything that can be wrong before anything is written, and return the record of the run."""
     if rows is not None:
+        if not rows:
+            raise ValueError(
+                f"There are no rows in {', '.join(settings.data_args.train)}. {rejects.first_error}".strip()
+            )
         _check_rows(rows, validation, settings)
     check_available(settings.model_args.model)
-    # Nothing is written before everything that can be wrong has been checked.
-    record = make_record(settings, _files(data_args), training_args.world_size)
+    record = make_record(settings, _files(settings.data_args), settings.training_args.world_size)
     if rows is not None:
         # Tables may have columns, such as times, that JSON cannot represent.
         record["sha256"][ROWS_FILE] = jsonl_sha256(rows, default=str)
-    is_resumed = settings.run_args.resume or bool(training_args.resume_from_checkpoint)
+    is_resumed = settings.run_args.resume or bool(settings.training_args.resume_from_checkpoint)
     check_output_dir(output_dir, record, is_resumed)
-    _write(rows, record, output_dir)
-    return _stream(data_args, training_args) if rows is None else rows, validation
+    return record
 
 
 def _read_prepared(settings: TrainingSettings, output_dir: Path) -> tuple[list[Row] | IterableDataset, Validation]:
@@ -305,8 +320,6 @@ def _endless_rows(args: DataArguments, seed: int, rejects_path: Path, losses: li
 
 def _check_rows(rows: list[Row], validation: Validation, settings: TrainingSettings) -> None:
     data_args, losses = settings.data_args, settings.training_args.losses
-    if not rows:
-        raise ValueError(f"There are no rows in {', '.join(data_args.train)}.")
     check_labels(rows, losses)
     check_differences(rows, losses)
     if rows[0].get("labels") is None:
