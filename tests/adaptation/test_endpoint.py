@@ -89,6 +89,22 @@ def test_a_server_that_is_down_is_unavailable():
     assert endpoint.retries == {"unavailable": 2}
 
 
+def test_a_server_is_there_whatever_it_answers(server):
+    make_endpoint(server.url_for("/nowhere")).check()
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        port = listening.getsockname()[1]
+    with pytest.raises(Unavailable, match=f"localhost:{port}/route could not be reached.*; start the server"):
+        make_endpoint(f"http://localhost:{port}/route").check()
+
+
+def test_the_first_retry_is_reported(server, caplog):
+    endpoint = make_endpoint(Served(server, status(503), status(503), OK).url)
+    assert endpoint.post({}, answer_of) == 42
+    (message,) = (record.getMessage() for record in caplog.records if record.name == module.logger.name)
+    assert message.endswith("/route answered 503: sorry Trying again, for up to 10 times.")
+
+
 def slowly(request):
     time.sleep(0.6)
     return OK

@@ -240,18 +240,34 @@ def test_an_unknown_stage_is_refused(settings):
         Adaptation(settings).run(["scores"])
 
 
-def test_a_server_that_is_down_ends_the_run_with_one_line(tmp_path, model, capsys):
+def test_a_server_that_is_down_is_named_at_the_start(tmp_path, model, capsys):
     write_collection(tmp_path / "collection")
-    server = {"type": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m", "attempts": 2, "backoff": 0.01}
+    server = {"type": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "m"}
     values = make_values(tmp_path, model, teachers={"bm25": {}, "server": server})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(SystemExit) as ended:
         run_cli(["adapt", str(tmp_path / "config.yaml")])
     assert ended.value.code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("querit: http://127.0.0.1:9/v1/rerank could not be reached")
-    # The scores of the teacher before it are cached.
-    assert list((tmp_path / "run" / "cache" / "scores" / "bm25").glob("*.parquet"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("querit: http://127.0.0.1:9/v1/rerank could not be reached")
+    assert line.endswith("start the server, or correct url.")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_server_of_a_finished_stage_may_be_down(tmp_path, model, httpserver):
+    write_collection(tmp_path / "collection")
+    httpserver.expect_request("/v1/chat/completions").respond_with_json(
+        {
+            "choices": [
+                {"message": {"content": "where does the animal sleep through the winter"}, "finish_reason": "stop"}
+            ]
+        }
+    )
+    server = {"type": "endpoint", "url": httpserver.url_for("/v1"), "model": "m", "backoff": 0.01}
+    settings = make_settings(tmp_path, model, queries={"generators": {"server": server}})
+    Adaptation(settings).run(["corpus", "queries"])
+    httpserver.stop()
+    Adaptation(settings).run(["corpus", "queries", "candidates"])
 
 
 def test_home_folders_are_expanded(tmp_path, model, monkeypatch):

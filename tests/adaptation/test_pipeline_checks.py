@@ -55,6 +55,27 @@ def test_a_missing_package_is_named_before_anything_is_written(tmp_path, model, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"candidates": {"first_stages": ["bm25", "nobody/encoder"]}},
+        {"queries": {"generators": {"transformers": {"model": "nobody/writer"}}}},
+        {"teachers": {"causal-lm": {"model": "nobody/judge"}}},
+        {"train": {"model": "nobody/student"}},
+    ],
+)
+def test_a_model_that_cannot_be_had_is_named_before_anything_is_written(tmp_path, model, section):
+    write_collection(tmp_path / "collection")
+    with pytest.raises(OSError, match=r"nobody/\w+ is not a folder, and not a repository that could be reached"):
+        Adaptation(make_settings(tmp_path, model, **section)).run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_of_stages_that_are_not_run_need_not_be_there(tmp_path, model):
+    write_collection(tmp_path / "collection")
+    Adaptation(make_settings(tmp_path, model, teachers={"causal-lm": {"model": "nobody/judge"}})).run(["corpus"])
+
+
 def test_models_of_servers_and_runs_need_not_be_on_this_machine(tmp_path, model):
     write_collection(tmp_path / "collection")
     server = {"type": "endpoint", "url": "http://127.0.0.1:9/v1", "model": "/models/remote"}
