@@ -248,11 +248,11 @@ def _numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
 
 def _without_mark(text: bytes, name: str) -> bytes:
     """The beginning of a text file without its byte order mark; an error if it is not the beginning of UTF-8 text."""
-    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in text[:4]:
-        raise ValueError(f"{name} is in UTF-16 or UTF-32, or no text: save it as UTF-8.")
     for signature, kind in _NOT_TEXT.items():
         if text.startswith(signature):
             raise ValueError(f"{name} is {kind}.")
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in text[:4]:
+        raise ValueError(f"{name} is in UTF-16 or UTF-32, or no text: save it as UTF-8.")
     return text.removeprefix(codecs.BOM_UTF8)
 
 

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -139,6 +140,66 @@ def test_a_damaged_weight_file_is_named(querit, saved_folder, documents, tmp_pat
     code, _, err = rerank(querit, tmp_path / "damaged", documents)
     assert code == 2
     assert "damaged or truncated" in err
+
+
+@pytest.mark.parametrize("device", ["meta", "privateuseone:0", "cuda:99"])
+def test_a_device_without_memory_is_refused(querit, saved_folder, documents, device):
+    code, out, err = rerank(querit, saved_folder, "--device", device, documents)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"querit: --device {device} cannot be used, name cpu or cuda: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["rerank", "--query", "fox", "--device", ""], "--device"),
+        (["rerank", "--query", "fox", "--device="], "--device"),
+        (["rerank", "--query", " ", "x"], "--query"),
+        (["rerank", "--query", "fox", ""], "An argument"),
+        (["train", "--train", "x.jsonl", "--output_dir", ""], "--output_dir"),
+        (["train", "--output_dir=", "--train", "x.jsonl"], "--output_dir"),
+        (["merge", "a", "b", "--output", ""], "--output"),
+        (["convert", "", "b"], "An argument"),
+        (["release", "a", "--repo-id", ""], "--repo-id"),
+    ],
+)
+def test_an_empty_argument_is_refused(querit, tmp_path, monkeypatch, argv, name):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = querit(*argv)
+    assert (code, out, err) == (2, "", f"querit: {name} is empty: give it a value, or leave it out.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_instruction_may_be_empty(querit, saved_folder, documents):
+    assert rerank(querit, saved_folder, "--instruction", "", documents)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["rerank"], "Missing option '--query' / '-q'; see querit rerank --help."),
+        (["rerank", "--nope", "x"], "No such option: --nope"),
+        (["rerank", "-q", "x", "--top-k", "y" * 5000], "Invalid value for '--top-k'"),
+        (["paint\x1b[2J"], "No such command"),
+        (["rerank", "-q", "x", "a", "b"], "Got unexpected extra argument"),
+        (["train", "--optim", "x" * 5000], "invalid choice"),
+        (["train", "--max_steps", "many"], "invalid int value: 'many'"),
+        (["train", "--learning_rate"], "expected one argument"),
+        (["train", "--train", "x.jsonl", "--report_to", "wandb"], "report_to is 'wandb', which is not installed"),
+        (["train", "--train", "x.jsonl", "--report_to", "paper"], "report_to is 'paper': choose none, or from"),
+    ],
+)
+def test_a_wrong_command_line_gives_one_short_line(querit, monkeypatch, tmp_path, argv, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("modeling_querit.training.arguments.get_available_reporting_integrations", lambda: [])
+    code, out, err = querit(*argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("querit: ")
+    assert message in err
+    assert err.removesuffix("\n").isprintable()
+    assert len(err) < 300
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_top_k_below_one_is_refused(querit, saved_folder, documents):
@@ -313,3 +374,43 @@ def test_what_one_command_refuses_all_refuse(querit, saved_folder, tmp_path, dam
         assert message in err, name
         assert out == "", name
         assert not (tmp_path / "new").exists(), name
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["rerank", "--help"]])
+def test_output_that_nobody_reads_ends_a_command_quietly(arguments):
+    assert run_into_closed_pipe(*arguments) == (141, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_ranking_that_nobody_reads_ends_quietly(saved_folder, documents, options):
+    arguments = ["rerank", "--query", tiny.QUERY, "--model", saved_folder, documents, *options]
+    assert run_into_closed_pipe(*arguments) == (141, "")
+
+
+def run_into_closed_pipe(*arguments):
+    """Exit code and standard error of a process whose standard output is closed at the other end."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        done = run_process(*arguments, stdout=closed, program="pass")
+    return done.returncode, done.stderr
+
+
+def test_endless_input_is_refused(querit, monkeypatch, saved_folder):
+    monkeypatch.setattr("modeling_querit.retrieval.collection._MAX_DOCUMENTS", 1000)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"y\n" * 2000)))
+    code, _, err = rerank(querit, saved_folder)
+    message = "querit: standard input has more than 1,000 documents: rerank the top of a first stage.\n"
+    assert (code, err) == (2, message)
+
+
+def test_training_rows_in_utf16_are_refused(querit, saved_folder, tmp_path):
+    rows = [{"query": f"q{n}", "documents": ["a", "b"], "labels": [1, 0]} for n in range(10)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_bytes(text.encode("utf-16"))
+    options = ["--model", saved_folder, "--train", tmp_path / "rows.jsonl", "--max_steps", "1", "--use_cpu", "True"]
+    code, out, err = querit("train", *options, "--output_dir", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert err == f"querit: {tmp_path / 'rows.jsonl'} is in UTF-16 or UTF-32, or no text: save it as UTF-8.\n"
+    assert not (tmp_path / "run").exists()

@@ -1,7 +1,13 @@
+import io
 import json
+import logging
+import math
 import sys
+import unicodedata
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from modeling_querit import console
 from modeling_querit.ranking_querit import RankedDocument
@@ -56,3 +62,80 @@ def test_torchao_is_not_skipped_once_transformers_is_imported(monkeypatch):
     monkeypatch.setattr(sys, "modules", {name: module for name, module in sys.modules.items() if name != "torchao"})
     console.skip_torchao("mini")
     assert "torchao" not in sys.modules
+
+
+HOSTILE = "x \x1b]0;T\x1b\\ \x1b[2J \x9b31m \x07\r\b \u202e\u2066 \u2028\ud800"
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """What is written to standard output, as bytes, by the name of its encoding."""
+
+    def redirect(encoding):
+        buffer = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding=encoding, write_through=True))
+        return buffer
+
+    return redirect
+
+
+def test_control_characters_are_visible():
+    assert console.printable(HOSTILE).isprintable()
+    assert console.printable("a\tb\nc ü 日本 😀") == "a\tb\nc ü 日本 😀"
+    assert console.printable("\x1b[2J") == "\\x1b[2J"
+
+
+@given(st.text(st.characters()))
+def test_lines_are_printable_whatever_they_hold(text):
+    for line in console.printable(text).split("\n"):
+        assert not any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in line.replace("\t", ""))
+
+
+def test_a_ranking_shows_no_control_characters(capsys):
+    console.print_ranking(f"which\n{HOSTILE}", [RankedDocument(0, 0.5, HOSTILE)])
+    out = capsys.readouterr().out
+    assert "\\x1b[2J" in out
+    assert all(line.isprintable() for line in out.splitlines())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252", "utf-16"])
+def test_json_is_utf8_whatever_the_stream_is(written, encoding):
+    buffer = written(encoding)
+    documents = [{"text": f"ü 😀 {HOSTILE}", "x": math.nan, "y": [math.inf, {"z": -math.inf}]}]
+    console.print_ranking_json("mini", [RankedDocument(0, 0.5, document) for document in documents])
+    text = buffer.getvalue().decode("utf-8")
+    assert "ü 😀" in text
+    assert all(line.isprintable() for line in text.splitlines())
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    (result,) = json.loads(text, parse_constant=refuse)["results"]
+    assert result["document"] == {"text": f"ü 😀 {HOSTILE}", "x": None, "y": [None, {"z": None}]}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_lines_are_escaped_as_far_as_the_stream_needs_it(written, encoding):
+    buffer = written(encoding)
+    console.say("ü 😀 \x1b")
+    text = buffer.getvalue().decode(encoding)
+    assert text in ("ü 😀 \\x1b\n", "ü \\U0001f600 \\x1b\n", "\\xfc \\U0001f600 \\x1b\n")
+
+
+def test_a_long_message_keeps_its_beginning_and_its_end(capsys):
+    console.say_error(f"config.yaml: model is '{'x' * 5000}\n': choose mini.")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("querit: config.yaml: model is 'xxx")
+    assert line.endswith("xxx ': choose mini.")
+    assert len(line) < 300
+    assert console.one_line("short\n and\tplain") == "short and plain"
+
+
+def test_logs_hold_no_control_characters(caplog):
+    logger = logging.getLogger("modeling_querit.test")
+    with console.safe_output():
+        logger.warning("%s has %d", HOSTILE, 3)
+    logger.warning("%s", "\x1b")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == f"{console.printable(HOSTILE)} has 3"
+    assert second == "\x1b"

@@ -1,3 +1,4 @@
+import codecs
 import errno
 import gzip
 import hashlib
@@ -5,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from modeling_querit.adaptation.corpus import read_corpus
+from modeling_querit.adaptation.prompts import read_examples
 from modeling_querit.files import (
     atomic_folder,
     atomic_write,
     explain_full_disk,
     jsonl_sha256,
+    read_json,
     read_jsonl,
     read_lines,
     sha256,
@@ -24,6 +30,11 @@ from modeling_querit.files import (
     write_json,
     write_jsonl,
 )
+from modeling_querit.retrieval.collection import Collection, read_documents
+from modeling_querit.retrieval.runs import read_run
+from modeling_querit.settings_files import read_settings
+from modeling_querit.training.data import Rejects, read_rows
+from modeling_querit.training.prepare import stream_rows
 
 
 @pytest.fixture
@@ -273,3 +284,128 @@ def test_temporary_folders_of_killed_processes_are_removed(tmp_path):
     (tmp_path / ".base-killed" / ".lock").write_text("")
     with temporary_folder(tmp_path, ".base-"):
         assert not (tmp_path / ".base-killed").exists()
+
+
+def read_collection(path):
+    """Documents and queries of a collection whose files have the content of `path`."""
+    folder = path.parent / "collection"
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(path)
+    (folder / "qrels" / "test.tsv").write_text("a\ta\t1\n")
+    collection = Collection.load(folder, "test")
+    return list(collection.documents), list(collection.queries)
+
+
+ROW = '{"_id": "a", "text": "fox", "query": "fox", "documents": ["fox"], "labels": [1]}'
+# Every reader of files that users give, by the name of the file, with a content that it reads.
+READERS = {
+    "read_jsonl": (lambda path: list(read_jsonl(path)), "rows.jsonl", ROW),
+    "rows of train": (lambda path: list(read_rows(path)), "rows.jsonl", ROW),
+    "rows of train, lenient": (lambda path: list(read_rows(path, Rejects(None))), "rows.jsonl", ROW),
+    "documents of rerank": (lambda path: read_documents(str(path)), "rows.jsonl", ROW),
+    "texts of rerank": (lambda path: read_documents(str(path)), "rows.txt", "fox"),
+    "corpus of adapt": (lambda path: list(read_corpus([str(path)], Counter())), "rows.jsonl", ROW),
+    "collection": (read_collection, "rows.jsonl", ROW),
+    "examples of queries": (read_examples, "queries.txt", "fox"),
+    "TREC run": (read_run, "first.run", "q Q0 d 1 0.5 tag"),
+    "settings": (read_settings, "config.yaml", "model: mini"),
+    "recipe": (read_settings, "recipe.json", '{"models": ["a", "b"]}'),
+    "JSON": (read_json, "results.json", '{"rows": []}'),
+}
+
+
+@pytest.fixture(params=READERS)
+def reader(request, tmp_path):
+    function, name, content = READERS[request.param]
+    return function, tmp_path / name, content
+
+
+def test_every_reader_ignores_a_byte_order_mark(reader):
+    read, path, content = reader
+    path.write_bytes(content.encode())
+    expected = read(path)
+    path.write_bytes(codecs.BOM_UTF8 + content.encode())
+    assert read(path) == expected != []
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_every_reader_refuses_utf16(reader, encoding):
+    """Line by line, JSON would guess the encoding of the first one, and read 9 of 10."""
+    read, path, content = reader
+    path.write_bytes(f"{content}\n{content}\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"\w+\.\w+ is in UTF-16 or UTF-32, or no text: save it as UTF-8\.$"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"x", mtime=0), r"a gzip file: give it a name that ends in \.gz"),
+        (b"PK\x03\x04 xlsx", "a zip file or an office document"),
+        (b"PAR1 table", "a parquet file"),
+        (b"%PDF-1.7", "a PDF: extract its text"),
+    ],
+    ids=["gzip", "zip", "parquet", "pdf"],
+)
+def test_every_reader_names_files_that_are_no_text(reader, content, message):
+    read, path, _ = reader
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"\w+\.\w+ is {message}"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null"])
+def test_every_reader_refuses_devices_and_folders(reader, tmp_path, name):
+    read, path, _ = reader
+    path.symlink_to(name)
+    with pytest.raises(OSError, match=r"is a device, not a file|no such file"):
+        read(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match=r"is a folder|no such file|has no corpus"):
+        read(path)
+
+
+@pytest.mark.parametrize("content", ["[\n{},\n{}\n]", "[{},\n{}]", '["a", "b"]', "{\n}\n", " [\n{}]"])
+def test_json_that_is_no_jsonl_is_refused_as_a_whole(tmp_path, content):
+    """Its last lines would be rows: one of ten."""
+    path = tmp_path / "rows.json"
+    path.write_text(content.replace("{}", ROW))
+    for read in (lambda: list(read_rows(path, Rejects(None))), lambda: read_documents(str(path))):
+        with pytest.raises(
+            ValueError, match=r"rows\.json is (a JSON array|JSON over several lines): write one object per"
+        ):
+            read()
+
+
+def test_an_endless_line_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_querit.files._MAX_LINE_BYTES", 1000)
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "' + b"x" * 2000 + b'"}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1 is longer than"):
+        list(read_jsonl(tmp_path / "rows.jsonl"))
+
+
+def test_a_pipe_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    thread = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("fox\nhen\n"))
+    thread.start()
+    assert read_documents(str(tmp_path / "pipe")) == ["fox", "hen"]
+    thread.join()
+
+
+def test_a_table_is_no_list_of_documents(tmp_path):
+    (tmp_path / "rows.csv").write_text("id,text\n1,fox\n")
+    with pytest.raises(ValueError, match=r"rows\.csv is a table: write its texts one per line"):
+        read_documents(str(tmp_path / "rows.csv"))
+    assert read_documents(str(tmp_path / "rows.csv"), is_jsonl=False) == ["id,text", "1,fox"]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "./nowhere.csv", "/nowhere/rows"])
+def test_rows_of_another_kind_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("query,document\n")
+    (tmp_path / "rows.tsv").write_text("query,document\n")
+    with pytest.raises(ValueError, match=r"(is no file of rows|does not exist): give \.jsonl, \.json or \.parquet"):
+        list(stream_rows([name], None, 0))
