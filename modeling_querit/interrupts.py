@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import math
 import os
 import signal
@@ -49,7 +48,7 @@ class Interrupts:
             sys.__unraisablehook__(unraisable)
             return
         self._since = None
-        timer = threading.Timer(_RETRY_SECONDS, _thread.interrupt_main)
+        timer = threading.Timer(_RETRY_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
         timer.daemon = True
         timer.start()
 
