@@ -158,7 +158,7 @@ def converted_card(name: str, terms: Terms) -> str:
     """
     text = CARD_STUB.split("---\n", 2)[2]
     front_matter = _card_data(_TAGS, **terms.data).to_yaml()
-    return f"---\n{front_matter}\n---\n{text}" + USAGE.replace("{name}", name) + terms.section
+    return f"---\n{front_matter}\n---\n{text}" + usage(name) + terms.section
 
 
 def merged_card(name: str, recipe: Mapping[str, Any], terms: Terms = Terms()) -> str:
