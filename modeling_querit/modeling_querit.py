@@ -34,7 +34,7 @@ from .saving_querit import (
     write_card_stub,
     write_folder_files,
 )
-from .validation_querit import check_model, read_headers
+from .validation_querit import CONFIG_FILE, check_model, one_line, read_headers
 
 logger = logging.get_logger(__name__)
 
@@ -121,6 +121,7 @@ class QueritPreTrainedModel(PreTrainedModel):
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         key_mapping = _PUBLISHED_KEYS | (kwargs.pop("key_mapping", None) or {})
         processor: QueritProcessor | None = None
+        config: Any = None
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         is_checked = folder.is_dir() and not any(kwargs.get(name) for name in ("variant", "gguf_file", "state_dict"))
         if is_checked:
@@ -153,6 +154,13 @@ class QueritPreTrainedModel(PreTrainedModel):
             if missing := missing_experts(pretrained_model_name_or_path):
                 raise ValueError(f"{pretrained_model_name_or_path}: no weight for {name_few(missing)}.") from error
             raise
+        except (ImportError, TypeError, KeyError, AttributeError) as error:
+            # A config that is checked builds a model: what is left is its quantization.
+            if not is_checked or _quantization_of(config) is None:
+                raise
+            raise ValueError(
+                f"{folder / CONFIG_FILE}: weights with this quantization_config cannot be loaded ({one_line(error)})."
+            ) from error
         model, info = loaded
         check_loaded(pretrained_model_name_or_path, info, may_mismatch)
         model._save_under_own_keys()
@@ -462,6 +470,10 @@ class QueritForSequenceClassification(QueritForSequenceRanking):
 
     def _public_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return (logits[:, 1:] - logits[:, :1]) / 2
+
+
+def _quantization_of(config: QueritConfig) -> Any:
+    return getattr(config, "quantization_config", None) or getattr(config.text_config, "quantization_config", None)
 
 
 def _check_only_pack(**others: Any) -> None:

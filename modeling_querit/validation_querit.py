@@ -164,7 +164,9 @@ def _check_values(settings: Mapping[str, Any], refuse: Callable[[str, object, st
         from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        # transformers derives the number of bits of bitsandbytes from another key.
+        known = ("bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING)
+        if not isinstance(method, str) or method not in known:
             refuse("quantization_config", method, "a quantization that transformers does not know")
 
 

@@ -103,6 +103,13 @@ def test_a_key_is_found_by_what_mends_the_config():
     assert find_culprit({"width": 3, "text_config": {"depth": 4}}, attempt, ValueError("no")) is None
 
 
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "torchao", "hqq"])
+def test_a_quantization_that_cannot_be_loaded_is_one_sentence(folder, method):
+    """Its package is missing here, or its settings are incomplete."""
+    edit_config(folder, quantization_config={"quant_method": method, "load_in_4bit": True})
+    assert "with this quantization_config cannot be loaded" in refusal(folder)
+
+
 # Weights
 
 
