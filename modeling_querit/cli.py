@@ -204,7 +204,7 @@ def convert(
     console.say(f"Wrote {destination}")
 
 
-@app.command(epilog="Example: querit release merged --repo-id me/merged --card adapted --dry-run")
+@app.command(epilog="Example: querit release merged --repo-id me/merged --card card.md --dry-run")
 def release(
     folder: Annotated[Path, typer.Argument(help="Folder that querit train, adapt, merge or convert wrote.")],
     repo_id: Annotated[str, typer.Option(help="Repository on the Hub, OWNER/NAME.", show_default=False)],

@@ -65,7 +65,11 @@ class _RegisteringFinder(MetaPathFinder):
         if _MODEL_MODULE in sys.modules:
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            _register_models()
+            try:
+                _register_models()
+            except ImportError:
+                # Another thread is importing one of the modules right now: the next import tries again.
+                sys.meta_path.insert(0, self)
 
 
 def _register_config() -> None:
