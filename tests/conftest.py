@@ -169,7 +169,10 @@ def qwen_tokenizer():
     return tokenizer
 
 
-@pytest.fixture(scope="session", params=["tiny", "deepseek", "qwen"])
+@pytest.fixture(
+    scope="session",
+    params=["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek", "qwen"))],
+)
 def any_processor(request):
     """The tiny tokenizer and the real ones of the two published backbones."""
     name = "tokenizer" if request.param == "tiny" else f"{request.param}_tokenizer"

@@ -147,6 +147,7 @@ def test_equals_the_loop_for_any_shape(moe, data):
     check(moe, layer)
 
 
+@pytest.mark.slow
 def test_equal_inputs_give_equal_bits(moe):
     layer = make_layer(make_index(37, 6, 3), dtype=torch.float16)
     grad_output = torch.randn_like(layer[0])
@@ -172,6 +173,7 @@ def test_computes_the_gradients_needed(moe, needed):
         assert grad is None if place not in needed else torch.equal(grad, every[place])
 
 
+@pytest.mark.slow
 def test_never_waits_for_the_device(moe, monkeypatch):
     layer = make_layer(make_index(12, 6, 2))
     run(moe, layer, layer[0])

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from benchmarks import workloads
@@ -5,6 +6,7 @@ from benchmarks.shapes import text_config
 from modeling_querit import QueritConfig, QueritForSequenceRanking
 
 
+@pytest.mark.slow
 def test_texts_have_the_tokens_they_should(subject):
     task = workloads.make_task("beir", subject.model.processor, None, seed=0)
     facts = task.statistics()

@@ -158,6 +158,7 @@ def test_adapters_are_applied_to_a_plain_decoder(decoder, tmp_path, open_by_name
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["reranker", "decoder"])
 def test_the_adapter_of_a_training_run_equals_the_model_beside_it(saved_folders, decoder, tmp_path, open_by_name, base):
     from modeling_querit.training.train import main

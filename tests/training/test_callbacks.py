@@ -96,6 +96,7 @@ def test_a_real_run_with_nan_is_stopped(model, tmp_path):
     assert "not finite" in health.diagnosis
 
 
+@pytest.mark.slow
 def test_a_real_run_that_explodes_is_stopped(model, tmp_path):
     class Exploding(type(make_trainer(model, tmp_path))):
         def compute_loss(self, *args, **kwargs):

@@ -38,6 +38,7 @@ def load(folder):
     return QueritForSequenceRanking.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_the_command_trains_all_weights_and_writes_its_record(saved_folder, rows, tmp_path):
     main(as_flags(tmp_path / "out", model=saved_folder, train=rows))
     assert not load(tmp_path / "out" / "model").predict(PAIRS).equal(load(saved_folder).predict(PAIRS))
@@ -47,6 +48,7 @@ def test_the_command_trains_all_weights_and_writes_its_record(saved_folder, rows
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_adapters_are_saved_and_merged(saved_folder, rows, tmp_path):
     from peft import PeftModel
 
@@ -64,6 +66,7 @@ def test_adapters_are_saved_and_merged(saved_folder, rows, tmp_path):
     assert_trained_from_layer_1_on(merged, saved_folder)
 
 
+@pytest.mark.slow
 def test_layers_below_the_first_are_frozen(run, saved_folder, tmp_path):
     run(first_layer=1, learning_rate=1e-2)
     assert_trained_from_layer_1_on(load(tmp_path / "out" / "model"), saved_folder)
@@ -84,6 +87,7 @@ def test_there_is_no_layer_after_the_last(run, rank):
         run(lora_rank=rank, first_layer=2)
 
 
+@pytest.mark.slow
 def test_adapters_reach_all_linear_layers_of_the_attention(run, saved_folder, tmp_path):
     run(lora_rank=2)
     adapted = {name.split(".")[-3] for name in load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")}
@@ -113,6 +117,7 @@ def test_early_stopping_counts_validations_of_all_sources_once(run, rows, tmp_pa
     assert {"eval_dev_ndcg_at_10", "eval_rows_mrr_at_10", "eval_dev_loss", "eval_ndcg_at_10"} <= names
 
 
+@pytest.mark.slow
 def test_rows_of_scores_are_distilled(run, tmp_path):
     scored = [
         {"query": row["query"], "documents": row["documents"], "scores": {"a": [9, 1], "b": [0.1, 0.9]}} for row in ROWS
@@ -126,6 +131,7 @@ def test_rows_of_scores_are_distilled(run, tmp_path):
         run("other", train=[str(tmp_path / "scored.jsonl")], teacher_weights={"c": 1})
 
 
+@pytest.mark.slow
 def test_rows_are_streamed(run, rows, tmp_path):
     pytest.importorskip("datasets")
     run(streaming=True)
@@ -133,6 +139,7 @@ def test_rows_are_streamed(run, rows, tmp_path):
     assert json.loads((tmp_path / "out" / "train.json").read_text())["sha256"].keys() == {rows}
 
 
+@pytest.mark.slow
 def test_a_collapsed_run_writes_no_model(run, tmp_path):
     with pytest.raises(ValueError, match=r"Stopped at step .* not finite.* No model was written"):
         run(max_steps=30, learning_rate=1e38)

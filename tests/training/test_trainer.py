@@ -41,6 +41,7 @@ def test_losses_add_up(model, tmp_path):
     assert make_trainer(model, tmp_path, losses=names).compute_loss(model, batch).item() == pytest.approx(sum(losses))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(model, tmp_path):
     student = copy.deepcopy(model)
     trainer = make_trainer(
@@ -110,6 +111,7 @@ def test_a_backbone_that_cannot_be_packed_is_padded(model, tmp_path, monkeypatch
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.slow
 def test_packing_changes_no_gradient_of_adapters(model, tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -278,6 +280,7 @@ def test_tables_are_batched_by_length_too(model, tmp_path):
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_the_same_losses(model, tmp_path):
     settings = {
         "max_steps": 4,
