@@ -53,7 +53,8 @@ def mutated(draw, value):
             break
         action = draw(st.sampled_from(["replace", "replace", "remove", "rename", "nest"]))
         if action == "replace":
-            holder[key] = draw(VALUES)
+            # A copy: a second mutation may be inside it, and values are shared between examples.
+            holder[key] = copy.deepcopy(draw(VALUES))
         elif action == "nest":
             holder[key] = draw(st.sampled_from([[inner], {"a": inner}, [inner, inner]]))
         else:

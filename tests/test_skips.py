@@ -21,7 +21,7 @@ def test_a_skip_for_an_unknown_reason_fails_the_run():
 
 
 def test_a_skip_for_a_listed_reason_and_an_expected_failure_do_not():
-    reports = [skipped("Skipped: QUERIT_VLLM names no Python that has vLLM"), skipped("", wasxfail="reason")]
+    reports = [skipped("Skipped: QUERIT_VLLM is not set to a Python that has vLLM"), skipped("", wasxfail="reason")]
     assert finish(*reports) == pytest.ExitCode.OK
 
 
