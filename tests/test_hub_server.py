@@ -188,6 +188,7 @@ def test_a_commit_whose_answer_is_lost_is_kept(api, hub, repo):
     assert repo.files()["a"] == b"a"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "path"), [("POST", "/preupload/main$"), ("PUT", LARGE)], ids=["preupload", "large file"]
 )

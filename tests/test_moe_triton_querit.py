@@ -163,6 +163,7 @@ def test_keeps_nothing_for_inference(moe):
         moe.experts_backward(output, saved, *layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needed", [(), (0,), (1,), (2,), (3,), (0, 3), (1, 2)], ids=str)
 def test_computes_the_gradients_needed(moe, needed):
     layer = make_layer(make_index(12, 6, 2))

@@ -166,6 +166,7 @@ def test_in_the_pruned_layer_only_scored_positions_attend(attend, layout, window
         assert not output[others].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*METHODS, "scored positions"])
 @pytest.mark.parametrize("layout", UNSHARED)
 @pytest.mark.parametrize("window", WINDOWS)

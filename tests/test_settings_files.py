@@ -58,6 +58,7 @@ MERGE_BOMB = "a: &a {x: 1}\n" + "".join(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -317,6 +317,7 @@ def test_a_search_writes_no_local_paths(folders, validation_set, collection, tmp
             assert f"{folder}/".encode() not in content, path.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("best", ["1.0", "0.25", "0:0.5"])
 def test_the_best_merge_is_kept_whenever_it_was_tried(folders, tmp_path, best):
     measure = measure_by(lambda t: 0.9 if t == best else 0.5 if t == "0.25" else 0.1)

@@ -61,6 +61,7 @@ def test_an_explosion_is_measured_against_the_median():
     assert "max_grad_norm" in health.diagnosis
 
 
+@pytest.mark.slow
 def test_a_real_run_with_a_saturated_head_is_stopped(model, tmp_path):
     """The trap: with scores at -1 and 1 the hinge is dead, and its loss stays where it is."""
     student = copy.deepcopy(model)
@@ -74,6 +75,7 @@ def test_a_real_run_with_a_saturated_head_is_stopped(model, tmp_path):
     assert trainer.state.log_history[0]["score_saturated"] > 0.9
 
 
+@pytest.mark.slow
 def test_a_real_run_with_a_dead_head_is_stopped(model, tmp_path):
     student = copy.deepcopy(model)
     torch.nn.init.zeros_(student.score.weight)
@@ -85,6 +87,7 @@ def test_a_real_run_with_a_dead_head_is_stopped(model, tmp_path):
     assert "differ by" in health.diagnosis
 
 
+@pytest.mark.slow
 def test_a_real_run_with_nan_is_stopped(model, tmp_path):
     student = copy.deepcopy(model)
     with torch.no_grad():

@@ -72,6 +72,7 @@ def test_accumulation_changes_no_gradient(model, tmp_path, accumulation):
     assert_close(whole, parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}])
 def test_packing_changes_no_gradient(model, tmp_path, settings):
     padded = gradients(model, tmp_path, packing=False, losses=LOSS_NAMES)
