@@ -7,6 +7,7 @@ import pkgutil
 from pathlib import Path
 
 import pytest
+import transformers
 
 import modeling_querit
 
@@ -137,8 +138,14 @@ def resolve(path):
     return value
 
 
+# Names that the oldest supported transformers, 5.17, does not have yet; the package asks for them by getattr.
+NEWER_THAN_5_17 = {"transformers.integrations.moe:_is_expert_parallel"}
+
+
 @pytest.mark.parametrize("entry", PRIVATE_NAMES)
 def test_private_names_are_still_there(entry):
+    if entry in NEWER_THAN_5_17 and transformers.__version__.startswith("5.17."):
+        return
     owner, separator, name = entry.rpartition(":") if ":" in entry else entry.rpartition(".")
     if separator == ":":
         there = name in inspect.getsource(importlib.import_module(owner))
