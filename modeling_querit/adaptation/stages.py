@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ class Context:
         return make_teachers(settings.teachers, settings.candidates, self.first_stages, self.documents, cache)
 
 
-class Stage:
+class Stage(ABC):
     """A step of an adaptation, from files to files.
 
     Attributes:
@@ -132,9 +133,9 @@ class Stage:
         """Return all that the result depends on, besides the seed and `reads`."""
         return Dependencies(self.sections, context.settings.local_models(self.sections))
 
+    @abstractmethod
     def run(self, context: Context) -> Counts:
         """Run the stage, and return what to report; only the main process writes files, and reports."""
-        raise NotImplementedError
 
 
 class CorpusStage(Stage):
