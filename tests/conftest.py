@@ -46,6 +46,13 @@ def pytest_configure(config):
         config.pluginmanager.register(UnexpectedSkips(), "unexpected-skips")
 
 
+def pytest_collection_modifyitems(items):
+    # What is tested on both architectures is tested on one in the fast lane: on the one that also has experts.
+    for item in items:
+        if hasattr(item, "callspec") and item.callspec.params.get("architecture") == "qwen3":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", params=tiny.ARCHITECTURES)
 def architecture(request):
     return request.param

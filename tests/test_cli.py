@@ -352,6 +352,7 @@ def empty_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -148,6 +148,7 @@ TRAIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_mutated_settings_of_train(capfd, workplace, count):
     (workplace / "rows.jsonl").write_text(to_jsonl(ROWS))
@@ -161,6 +162,7 @@ def test_mutated_settings_of_train(capfd, workplace, count):
     run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_mutated_rows_of_train(capfd, workplace, count):
     (workplace / "config.yaml").write_text(to_yaml(TRAIN))
@@ -174,6 +176,7 @@ def test_mutated_rows_of_train(capfd, workplace, count):
     run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_mutated_settings_of_adapt(capfd, workplace, count):
     write_collection(workplace / "collection")
@@ -189,6 +192,7 @@ def test_mutated_settings_of_adapt(capfd, workplace, count):
     run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_mutated_documents_of_adapt(capfd, workplace, count):
     values = make_values(workplace, NOTHING) | {"output_dir": "run", "corpus": {"source": "documents.jsonl"}}
@@ -204,6 +208,7 @@ def test_mutated_documents_of_adapt(capfd, workplace, count):
     run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize(("name", "dump"), [("recipe.yaml", to_yaml), ("recipe.json", json.dumps)])
 def test_mutated_recipes_of_merge(capfd, workplace, count, name, dump):
@@ -219,6 +224,7 @@ def test_mutated_recipes_of_merge(capfd, workplace, count, name, dump):
     run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.txt", "rows.json"])
 def test_mutated_documents_of_rerank(capfd, workplace, saved_folders, count, name):

@@ -254,6 +254,7 @@ def test_a_limit_while_a_folder_is_written_is_one_sentence(tmp_path, error, numb
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_file_larger_than_the_limit_is_named(tmp_path):
     """By the limit itself, in a process of its own."""
     code = (

@@ -99,6 +99,7 @@ def test_packs_without_a_shared_prefix(bidirectional, token_ids, expected, prune
     assert scores == pytest.approx([expected[pair] for pair in pack.pairs], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("form", ["2-D", "4-D boolean", "4-D additive"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -19,6 +19,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 # Loading what was published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", tiny.LAYOUTS)
 def test_published_layouts_load(model, ids, reference, tmp_path, layout):
     options = dict(tiny.LAYOUTS[layout])
@@ -162,6 +163,7 @@ def assert_error_names(folder, pattern, loader=QueritForSequenceRanking):
         loader.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["model.", ""])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_missing_weight_is_an_error_that_names_it(model, tmp_path, damage, prefix):

@@ -474,12 +474,14 @@ def to_device(experts, layer):
     return experts.to(DEVICE), tuple(tensor.to(DEVICE) for tensor in layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["ordinary", "some experts idle", "one token", "an expert chosen twice"])
 def test_kernels_equal_the_loop(routing, joined):
     check(*to_device(make_experts(), make_layer(ROUTINGS[routing])))
     assert joined == [True, (True,) * 4, False, False]
 
 
+@pytest.mark.slow
 def test_kernels_compute_any_gradient_by_itself(joined):
     experts, layer = to_device(make_experts("qwen3_moe"), make_layer(ROUTINGS["an expert chosen twice"]))
     every = compute(experts, layer)

@@ -76,6 +76,7 @@ def check(moe, layer, grad_output=None):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_loop_in_output_and_gradients(moe, dtype):
     check(moe, make_layer(make_index(37, 6, 3), dtype=dtype))
@@ -90,6 +91,7 @@ def test_many_rows_take_several_large_tiles(moe, dtype):
     check(moe, make_layer(make_index(150, 2, 2), experts=2, dtype=dtype, **sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "experts", "choices"),
     [(1, 6, 3), (1, 1, 1), (9, 6, 1), (7, 5, 5), (0, 6, 3), (40, 1, 1)],
@@ -99,12 +101,14 @@ def test_extremes_of_routing(moe, tokens, experts, choices):
     check(moe, make_layer(make_index(tokens, experts, choices), experts=experts))
 
 
+@pytest.mark.slow
 def test_experts_without_tokens_get_zero_gradients(moe):
     _, _, grad_gate_up, grad_down, _ = check(moe, make_layer(1 + 2 * make_index(20, 3, 2), experts=8))
     for grad in (grad_gate_up, grad_down):
         assert [bool(expert.any()) for expert in grad.cpu()] == [False, True, False, True, False, True, False, False]
 
 
+@pytest.mark.slow
 def test_all_tokens_on_one_expert(moe):
     check(moe, make_layer(torch.full((70, 1), 4), experts=6))
 
@@ -113,12 +117,14 @@ def test_an_expert_chosen_twice_by_a_token_counts_twice(moe):
     check(moe, make_layer(torch.tensor([[2, 2, 0], [1, 2, 1]]), experts=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [torch.float16, torch.float64])
 def test_weights_keep_a_dtype_of_their_own(moe, weights):
     *layer, router = make_layer(make_index(11, 6, 3))
     check(moe, (*layer, router.to(weights)))
 
 
+@pytest.mark.slow
 def test_reads_what_is_not_contiguous(moe):
     hidden_states, gate_up, down, index, weights = make_layer(make_index(13, 6, 3))
     layer = (

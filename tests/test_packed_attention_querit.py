@@ -146,6 +146,7 @@ def attend(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", WINDOWS)
@@ -156,6 +157,7 @@ def test_tokens_attend_within_their_pair(attend, method, layout, window):
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("groups", [1, 4])

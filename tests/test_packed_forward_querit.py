@@ -161,6 +161,7 @@ def forward_passes(model):
 # Scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("optimizations", COMBINATIONS, ids=str)
 @pytest.mark.parametrize("batch_tokens", [1, 150, 100_000])
@@ -487,6 +488,7 @@ def test_float32_arithmetic_where_that_is_faster(in_bfloat16, fastest, name, opt
     assert {parameter.dtype for parameter in model.parameters()} == {BF16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize("optimizations", [ALL, Optimizations(packing=False)], ids=str)
 def test_products_in_bfloat16_where_these_are_faster(in_bfloat16, fastest, name, optimizations):
@@ -506,6 +508,7 @@ def test_products_in_bfloat16_where_these_are_faster(in_bfloat16, fastest, name,
     assert sum(mixed) < sum(plain_bfloat16) or name.startswith("deepseek_v3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3_text"])
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(("dtype", "mixed_precision"), [(BF16, True), (F32, False)])
@@ -528,6 +531,7 @@ def test_float32_models_are_not_converted(fresh_model, fastest, monkeypatch):
 # Backbones that packs cannot go through
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "kwargs"),
     [

@@ -63,6 +63,7 @@ def prefixes(pack):
     return [segment for segment in pack.segments if not segment.is_scored]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share_prefix", [True, False])
 @given(pairs=grouped(), batch_tokens=BUDGETS)
 def test_every_pair_is_whole_and_there_once(pairs, batch_tokens, share_prefix):
@@ -111,6 +112,7 @@ def test_nothing_is_shared_unless_asked_for(pairs, batch_tokens):
         assert pack.carry_over == slice(0, 0)
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(TOKENS, min_size=1, max_size=8), max_size=6))
 def test_common_prefix(input_ids):
     prefix = common_prefix(input_ids)

@@ -154,6 +154,7 @@ def test_private_names_are_still_there(entry):
     assert there, f"{entry} is gone; it was used for this: {PRIVATE_NAMES[entry]}"
 
 
+@pytest.mark.slow
 def test_no_other_private_name_is_used():
     known = {*map(last_of, PRIVATE_NAMES), *defined_here(), *DOCUMENTED}
     unlisted = {name: files for name, files in names_used().items() if name not in known}

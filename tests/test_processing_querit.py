@@ -225,6 +225,7 @@ def test_no_room_at_all_is_an_error(processor, max_length):
         encode(processor, "q", "d", max_length=max_length)
 
 
+@pytest.mark.slow
 def test_the_limit_is_the_tokenizers_but_4096_at_most(tokenizer, deepseek_tokenizer, qwen_tokenizer):
     assert QueritProcessor(tokenizer).max_length == tiny.MAX_LENGTH
     assert QueritProcessor(deepseek_tokenizer).max_length == 4096

@@ -56,6 +56,7 @@ class Documents:
         return [scores[index * 7 % len(STREAM)] for index in range(self.count)]
 
 
+@pytest.mark.slow
 def test_predict_stream_reads_as_it_scores(models, stream_scores, small_windows):
     documents, scores, ahead = Documents(), [], 0
     for score in models("qwen3").predict_stream(((tiny.QUERY, document) for document in documents), batch_tokens=512):
@@ -68,6 +69,7 @@ def test_predict_stream_reads_as_it_scores(models, stream_scores, small_windows)
     assert scores == pytest.approx(documents.expected(stream_scores), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_top_k_of_a_stream(models, stream_scores, small_windows):
     documents = Documents()
     ranking = models("qwen3").rank(tiny.QUERY, documents, top_k=30, batch_tokens=512)
@@ -157,6 +159,7 @@ def limit_memory(models, monkeypatch):
         handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", MEMORY_ERRORS, ids=["CUDA", "CPU", "MPS", "Python"])
 @pytest.mark.parametrize("packing", [True, False])
 def test_out_of_memory_halves_the_batches(models, limit_memory, small_windows, error, packing):

@@ -332,6 +332,7 @@ def test_titles_matter_for_near_duplicates():
     assert len(list(drop_near_duplicates(documents, Counter()))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["fox", "red fox", "東京都の人口", "การลบแพ็กเกจ", "شكرا", "fox " * 250_000])
 def test_texts_of_any_length_can_be_duplicates(text):
     assert distinct([text, "something else", text]) == ([0, 1], {"duplicate": 1})

@@ -222,6 +222,7 @@ def test_a_broken_connection_is_retried(server):
     assert len(served.payloads) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer",
     [

@@ -174,6 +174,7 @@ def test_a_document_without_a_score_ranks_last(settings, source, adapted, monkey
     assert ndcgs == pytest.approx([100 / 2.584962500721156] * 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["general", "adapted"])
 def test_a_teacher_may_be_named_like_a_student(settings, source, adapted, saved_folders, name):
     calibrate(adapted.parent, [name])

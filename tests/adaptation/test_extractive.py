@@ -130,6 +130,7 @@ def test_every_document_has_queries(texts):
     assert all(isinstance(query, str) for query in queries)
 
 
+@pytest.mark.slow
 def test_a_document_of_a_million_characters_has_queries():
     document = document_of("fox hen " * 130_000)
     assert extract(document, "keywords") == ["fox hen"]

@@ -124,6 +124,7 @@ def test_a_failed_round_trip_has_no_duplicates():
     assert reasons(*queries, first_stage=FixedRanking("hen")) == ["round-trip", None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 600])
 def test_many_queries_stay_in_order(count):
     stage = FixedRanking("fox")

@@ -102,6 +102,7 @@ def test_a_changed_file_is_written_again(settings):
     assert data_of(settings.output_dir) == before
 
 
+@pytest.mark.slow
 def test_changed_settings_change_the_data(settings, tmp_path, model):
     Adaptation(settings).run(DATA_STAGES)
     before = data_of(settings.output_dir)
@@ -110,6 +111,7 @@ def test_changed_settings_change_the_data(settings, tmp_path, model):
     assert data_of(settings.output_dir)["train.jsonl"] != before["train.jsonl"]
 
 
+@pytest.mark.slow
 def test_only_pairs_of_a_changed_document_are_scored_again(settings, tmp_path, monkeypatch):
     Adaptation(settings).run(DATA_STAGES)
     rows = {row["source"]: row for row in lines_of(settings.output_dir / "data" / "train.jsonl")}
@@ -127,6 +129,7 @@ def test_only_pairs_of_a_changed_document_are_scored_again(settings, tmp_path, m
     assert rows_now.keys() & rows.keys()
 
 
+@pytest.mark.slow
 def test_a_second_run_of_the_same_object_reads_files_again(settings, tmp_path):
     adaptation = Adaptation(settings)
     adaptation.run(DATA_STAGES)

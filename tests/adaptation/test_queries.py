@@ -249,6 +249,7 @@ def test_no_requests_give_no_queries(cache):
 WILD = ["知らない人が書いた本を読みました。", "كيف أزيل حزمة؟", "a\x00b c", "x" * 1_000_000, "...", "การลบแพ็กเกจ"]
 
 
+@pytest.mark.slow
 def test_any_text_can_be_requested_cached_and_written(cache, tmp_path):
     documents = [{"_id": f"{n}/ '\"\t", "title": "", "text": text, "language": "und"} for n, text in enumerate(WILD)]
     requests = make_requests(documents, EVEN, 4, examples=WILD)

@@ -28,6 +28,7 @@ def table_of_teachers(tmp_path, rows, **teachers):
     return {name: cells for name, *cells in lines[2:]}
 
 
+@pytest.mark.slow
 def test_the_report_shows_how_teachers_rank_the_source_of_a_query(tmp_path):
     rows = [
         make_row(0, bm25=[3.0, 2.0, 1.0], student=[0.1, 0.2, 0.3]),
@@ -45,6 +46,7 @@ def test_the_report_shows_how_teachers_rank_the_source_of_a_query(tmp_path):
     assert table["together"] == ["", "67%", f"{(1 + 1 / 2 + 1) / 3:.2f}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scores", [[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
 def test_the_section_is_left_out_without_sources(tmp_path, scores):
     teachers = make_settings(tmp_path, "x").model_dump(mode="json")["teachers"]

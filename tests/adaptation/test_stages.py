@@ -62,6 +62,7 @@ def test_two_documents_are_enough(tmp_path, model):
     assert all(len(row["documents"]) == 2 for row in lines_of(tmp_path / "run" / "data" / "train.jsonl"))
 
 
+@pytest.mark.slow
 def test_judgements_are_not_read_before_the_report(settings, tmp_path):
     Adaptation(settings).run(DATA_STAGES)
     before = data_of(settings.output_dir)

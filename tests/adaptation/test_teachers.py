@@ -165,6 +165,7 @@ def test_a_batch_scores_as_single_pairs_do(causal_lms, name):
     assert teacher.score(PAIRS) == pytest.approx(alone, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [None, "Query: {query} Content: {document} ?"])
 def test_the_prompt_is_encoded_as_one_text(causal_lm, prompt):
     """No token boundary is forced where the document begins and ends."""
@@ -381,6 +382,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("results", WRONG.values(), ids=WRONG)
 def test_malformed_answers_give_no_scores(served, results):
     served["answer"] = lambda payload: json.dumps({"results": results})

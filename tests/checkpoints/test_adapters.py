@@ -57,6 +57,7 @@ def read(folder, base):
     return apply_adapter(folder, open_weights(base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_tensors_equal_those_that_peft_merges(saved_folder, tmp_path, settings):
     adapted = adapt(tmp_path / "adapter", saved_folder, **SETTINGS[settings])
@@ -141,6 +142,7 @@ UNSUPPORTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", UNSUPPORTED)
 def test_unsupported_kinds_of_lora_are_refused(saved_folders, tmp_path, settings):
     adapt(tmp_path / "adapter", saved_folders("qwen3"), **UNSUPPORTED[settings])

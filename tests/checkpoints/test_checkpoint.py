@@ -60,6 +60,7 @@ def test_a_saved_folder_is_opened(saved_folder, open_by_name):
     assert {parameter.device.type for parameter in checkpoint.model.parameters()} == {"meta"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_published_layouts_are_opened(model, saved_folder, tmp_path, open_by_name, layout):
     options = dict(LAYOUTS[layout])
@@ -143,6 +144,7 @@ def test_the_revision_is_the_commit_of_a_repository(saved_folder, tmp_path, open
     assert open_by_name(saved_folder).revision is None
 
 
+@pytest.mark.slow
 def test_adapters_are_applied_to_a_plain_decoder(decoder, tmp_path, open_by_name):
     for seed in (1, 2):
         adapted = make_adapter(tmp_path / f"adapter-{seed}", from_backbone(decoder), seed=seed)

@@ -56,6 +56,7 @@ def test_an_incomplete_checkpoint_is_not_converted(model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_an_adapter_becomes_a_complete_folder(saved_folder, tmp_path, dtype):
     adapt(tmp_path / "adapter", saved_folder).merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -166,6 +167,7 @@ def test_other_architectures_are_published_too(processor, tmp_path):
     assert_equal_tensors(loaded.state_dict(), model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [{}, {"prefix": ""}, {"shards": 3}], ids=str)
 def test_conversion_there_and_back_keeps_everything(model, tmp_path, layout):
     tensors = tiny.published_tensors(model, layout.get("prefix", "model."))
@@ -204,6 +206,7 @@ def test_code_written_for_the_first_release_gives_the_same_scores(published, mod
     assert np.ptp(scores) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_published_layout_is_written_in_a_data_type(saved_folder, model, tmp_path, dtype):
     published = convert_to_published(saved_folder, tmp_path / "published", dtype)
@@ -262,6 +265,7 @@ def insert_nan(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [convert_to_querit, convert_to_published, convert_to_seq_cls])
 @pytest.mark.parametrize("damage", [remove_the_head, truncate, remove_the_tokenizer, insert_nan])
 def test_a_damaged_checkpoint_is_not_converted(saved_folder, tmp_path, write, damage):

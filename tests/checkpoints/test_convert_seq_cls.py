@@ -344,6 +344,7 @@ def test_an_adapter_is_converted(saved_folder, model, tmp_path, modules):
     assert scores_in(exported, folder) == pytest.approx(scores, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["querit", "published"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @HEADS

@@ -124,6 +124,7 @@ def test_every_data_type_and_shape_is_read_by_safetensors(dtype, tmp_path):
     assert_same({key: whole(tensor) for key, tensor in open_weights(tmp_path).items()}, tensors)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.sampled_from(DTYPES), st.sampled_from(SHAPES)), min_size=1, max_size=8),
     CHUNKS,
@@ -267,6 +268,7 @@ def test_routing_biases_are_recognised_by_their_keys(saved_folder, architecture)
     assert actual == expected[architecture]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 64, 1000])
 def test_copies_are_read_in_chunks(tmp_path, monkeypatch, reads, chunk):
     tensors = {"a": torch.randn(300, 16), "b": torch.randn(5000).half(), "c": make(torch.int8, (2, 30))}

@@ -57,6 +57,7 @@ def test_half_precision_is_rounded_only_once(families, architecture, tmp_path):
         assert error.max() < 1e-6, key
 
 
+@pytest.mark.slow
 def test_three_models_are_merged_by_the_spherical_mean(families, tmp_path):
     family = [str(folder) for folder in families("qwen3")]
     actual = merged(tmp_path / "new", family, weights=["1,2,1"])
@@ -74,6 +75,7 @@ def test_three_models_are_merged_by_the_spherical_mean(families, tmp_path):
         np.testing.assert_allclose(actual[key].numpy(), expected, rtol=1e-4, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [[1, 2, 0], [2, 1, 0]])
 def test_the_order_of_models_does_not_matter(families, tmp_path, order):
     family = [str(folder) for folder in families("qwen3")]
@@ -84,6 +86,7 @@ def test_the_order_of_models_does_not_matter(families, tmp_path, order):
     assert_close(actual, {key: tensor.double().numpy() for key, tensor in expected.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("t", "index"), [("0", 0), ("1:1", 1)])
 def test_the_ends_of_t_are_the_models_themselves(families, architecture, tmp_path, dtype, t, index):
@@ -105,6 +108,7 @@ def test_linear_is_the_weighted_mean(family, tmp_path):
     assert_close(actual, {key: slow_linear(tensors, [1, 2, 5]) for key, tensors in tensors_of(family).items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.0, 0.7, 1.5])
 def test_task_arithmetic_adds_scaled_task_vectors(family, saved_folder, tmp_path, scale):
     actual = merged(
@@ -132,6 +136,7 @@ def test_groups_and_layers_have_their_own_t(families, tmp_path):
         assert bits(actual[key]) == bits(two[key]), key
 
 
+@pytest.mark.slow
 def test_the_size_of_chunks_does_not_matter(family, tmp_path, monkeypatch):
     expected = merged(tmp_path / "large", family, weights=["1,2,3"])
     monkeypatch.setattr(safetensors_io, "CHUNK_ELEMENTS", 100)
@@ -147,6 +152,7 @@ def three_threads():
     torch.set_num_threads(count)
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_does_not_matter(family, tmp_path, three_threads):
     """Afterwards torch has as many threads as before."""
     actual = merged(tmp_path / "three", family, weights=["3,1,2"])
@@ -174,6 +180,7 @@ def test_adapters_are_applied_before_the_merge(pair, tmp_path):
 # Data types
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_merge_has_the_data_type_of_the_recipe(families, tmp_path, dtype):
     models = [str(folder) for folder in families("deepseek_v3")[:2]]
@@ -206,6 +213,7 @@ def test_an_overflow_in_float16_is_refused(pair, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [3e38, 1e300, -1e300])
 def test_a_scale_that_overflows_is_refused(family, saved_folder, tmp_path, scale):
     recipe = Recipe(family, method="task_arithmetic", base=str(saved_folder), scale=scale)
@@ -232,6 +240,7 @@ def test_quantized_weights_are_refused(pair, tmp_path):
 # Several merges of the same models
 
 
+@pytest.mark.slow
 def test_gram_matrices_are_computed_once(family, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_io, "CHUNK_ELEMENTS", 300)
     grams, reads = [], []

@@ -67,6 +67,7 @@ def test_its_maximum_length_is_the_shortest_of_the_models(family, tmp_path):
     assert lengths[0] > lengths[1] == 99
 
 
+@pytest.mark.slow
 def test_shards_hold_the_same_tensors(family, tmp_path):
     expected = merged(tmp_path / "one", family[:2])
     merge_checkpoints(Recipe(family[:2]), tmp_path / "many", max_shard_size="40KB")
@@ -119,6 +120,7 @@ def test_the_record_of_an_adapter_includes_its_base(pair, tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -173,6 +175,7 @@ def test_models_that_differ_from_the_record_are_refused(pair, tmp_path, monkeypa
         merge_checkpoints(Recipe.load("one/merge.json", models=["law", "medicine"]), "two")
 
 
+@pytest.mark.slow
 def test_models_of_a_record_may_have_moved(pair, tmp_path, monkeypatch):
     for folder in pair:
         shutil.copytree(folder, tmp_path / "runs" / Path(folder).name / "model")
@@ -192,6 +195,7 @@ def test_models_of_a_record_may_have_moved(pair, tmp_path, monkeypatch):
         Recipe.load("one/merge.json", models=[*moved, moved[0]], t=[])
 
 
+@pytest.mark.slow
 def test_the_base_may_be_a_plain_decoder(tokenizer, tmp_path, monkeypatch):
     torch.manual_seed(0)
     AutoModel.from_config(tiny.make_text_config("qwen3")).save_pretrained(tmp_path / "decoder")
@@ -251,6 +255,7 @@ def test_the_card_links_to_repositories(monkeypatch, tmp_path):
 # Errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("index", [0, 1])
 def test_nan_and_infinity_name_tensor_and_model(pair, tmp_path, value, index):

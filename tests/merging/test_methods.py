@@ -216,6 +216,7 @@ def test_the_mean_is_linear_where_angles_are_meaningless(case):
     assert factors_of(vectors, weights).tolist() == (weights / weights.sum()).tolist()
 
 
+@pytest.mark.slow
 @given(PLANE_VECTORS, SEEDS)
 def test_factors_are_always_finite(vectors, seed):
     third = np.random.default_rng(seed).choice(vectors.ravel(), size=(1, 4))

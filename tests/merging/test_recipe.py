@@ -113,6 +113,7 @@ def test_the_command_merges(querit, pair, tmp_path):
     assert_same(tiny.read_tensors(tmp_path / "new"), expected)
 
 
+@pytest.mark.slow
 def test_the_command_with_all_options(querit, families, saved_folders, tmp_path):
     family, saved_folder = [str(folder) for folder in families("qwen3")], saved_folders("qwen3")
     options = ["--method", "task_arithmetic", "--base", saved_folder, "--scale", "0.5", "--weights", "1,2,1"]
@@ -131,6 +132,7 @@ def test_the_command_with_a_recipe(querit, pair, whole_merges, tmp_path):
     assert_same(tiny.read_tensors(tmp_path / "new"), tiny.read_tensors(whole_merges("qwen3")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -289,6 +289,7 @@ def test_a_search_keeps_the_best_merge(folders, validation_set, tmp_path, archit
     assert [path.name for path in (tmp_path / "found").iterdir()] == ["merged"]
 
 
+@pytest.mark.slow
 def test_a_search_records_its_trials(folders, tmp_path):
     measure = measure_by(peak_at(0.4))
     trials = search_merge(Recipe(folders("qwen3")[:2]), measure, tmp_path / "merged", evaluations=9, echo=no_echo)
@@ -308,6 +309,7 @@ def test_a_search_records_its_trials(folders, tmp_path):
         assert image.size == (840, 480)
 
 
+@pytest.mark.slow
 def test_a_search_writes_no_local_paths(folders, validation_set, collection, tmp_path):
     models, measure = folders("qwen3")[:2], partial(measure_ndcg, validation_sets=[validation_set])
     search_merge(Recipe(models), measure, tmp_path / "merged", evaluations=5, echo=no_echo)
@@ -329,6 +331,7 @@ def test_the_best_merge_is_kept_whenever_it_was_tried(folders, tmp_path, best):
         assert torch.equal(tensor, expected[key]), key
 
 
+@pytest.mark.slow
 def test_of_equal_merges_the_first_is_kept(folders, tmp_path):
     lines, measure = [], measure_by(lambda t: 0.5)
     search_merge(Recipe(folders("qwen3")[:2]), measure, tmp_path / "merged", evaluations=7, echo=lines.append)
@@ -336,6 +339,7 @@ def test_of_equal_merges_the_first_is_kept(folders, tmp_path):
     assert lines[-1] == "All merges rank alike: these collections do not tell which t is best."
 
 
+@pytest.mark.slow
 def test_gram_matrices_are_computed_once(folders, tmp_path, monkeypatch):
     calls, gram_matrix = [], merge.gram_matrix
     monkeypatch.setattr(merge, "gram_matrix", lambda tensors: calls.append(len(tensors)) or gram_matrix(tensors))
@@ -344,6 +348,7 @@ def test_gram_matrices_are_computed_once(folders, tmp_path, monkeypatch):
     assert calls == [2] * len(tiny.read_tensors(tmp_path / "merged"))
 
 
+@pytest.mark.slow
 def test_a_search_keeps_the_other_fields_of_a_recipe(folders, tmp_path):
     first, second, base = folders("qwen3")
     recipe = Recipe([first, second], method="task_arithmetic", base=base, scale=0.5, dtype="bfloat16")
@@ -393,6 +398,7 @@ def test_a_folder_with_content_is_not_overwritten(folders, tmp_path):
     assert [path.name for path in (tmp_path / "merged").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
 def test_an_error_in_a_trial_leaves_nothing_behind(folders, tmp_path, monkeypatch, error):
     measured = []
@@ -415,6 +421,7 @@ def test_an_error_in_a_trial_leaves_nothing_behind(folders, tmp_path, monkeypatc
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_searches_on_all_collections(querit, folders, collection, tmp_path):
     models, options = folders("qwen3")[:2], ["--search", f"{collection}:dev", "--search", f"{collection}:test"]
     code, out, err = querit("merge", *models, *options, "--evaluations", "5", "-o", tmp_path / "merged")
@@ -427,6 +434,7 @@ def test_the_command_searches_on_all_collections(querit, folders, collection, tm
     assert recorded_t(tmp_path / "merged") == max(rows, key=lambda row: row["mean"])["t"]
 
 
+@pytest.mark.slow
 def test_the_command_limits_queries_candidates_and_length(querit, folders, collection, tmp_path):
     models = folders("qwen3")[:2]
     options = ["--queries", "2", "--depth", "3", "--max-length", "64", "--evaluations", "5"]

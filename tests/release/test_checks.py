@@ -152,6 +152,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SECRETS)
 def test_secrets_are_found_and_not_printed(folder, kind):
     (folder / "train.json").write_text(json.dumps({"args": {"token": SECRETS[kind]}}))
@@ -167,6 +168,7 @@ def test_secrets_in_the_header_of_weights_are_found(folder):
     assert find_problems(folder) == ["model.safetensors contains what looks like a GitHub token."]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [

@@ -10,6 +10,7 @@ scores = st.floats(allow_nan=False, allow_infinity=False)
 rankings = st.lists(st.permutations("abcdef").flatmap(lambda ids: st.integers(0, 6).map(lambda n: ids[:n])), max_size=5)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(ids, st.dictionaries(ids, scores, min_size=1)))
 def test_a_run_is_read_as_it_was_written(tmp_path, found):
     run = {query: sorted(hits.items(), key=lambda hit: -hit[1]) for query, hits in found.items()}

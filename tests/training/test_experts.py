@@ -99,6 +99,7 @@ def test_biases_keep_experts_alive_at_equal_loss(tmp_path, processor):
     assert balanced["loss"] == pytest.approx(left_alone["loss"], abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", ["router", "experts"])
 def test_frozen_parts_do_not_change(mixture, tmp_path, parts):
     ((name, _),) = expert_layers(mixture)

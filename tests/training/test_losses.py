@@ -104,6 +104,7 @@ def test_every_loss_has_a_slow_formula():
     assert set(SLOW) == set(LOSSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), [*((name, {}) for name in LOSSES), *SETTINGS])
 @given(batches())
 def test_equals_the_slow_formula(name, settings, batch):
@@ -116,6 +117,7 @@ def test_equals_the_slow_formula(name, settings, batch):
     assert count_items(LOSSES[name], *tensors(batch)[1:]) == len(slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 @given(batches(), st.randoms(use_true_random=False))
 def test_the_order_of_documents_and_the_names_of_queries_do_not_matter(name, batch, random):
@@ -127,6 +129,7 @@ def test_the_order_of_documents_and_the_names_of_queries_do_not_matter(name, bat
     assert shuffled.item() == pytest.approx(function(scores, labels, query_ids).item(), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 @given(batches())
 def test_a_batch_is_the_sum_of_its_queries(name, batch):
