@@ -20,6 +20,7 @@ from safetensors.torch import load_file as load_tensors
 from transformers import AutoModel, AutoTokenizer
 
 from . import sources
+from .package import fastest_dtypes
 
 CHUNK = 512
 
@@ -96,7 +97,9 @@ class Encoder:
 
     def __init__(self, folder: Path, max_length: int = 160, batch_tokens: int = 2048):
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        self._model = AutoModel.from_pretrained(
+            folder, dtype=fastest_dtypes(torch.device("cpu"), torch.bfloat16).products
+        ).eval()
         modules = json.loads((folder / "modules.json").read_text())
         self._dense = [
             load_tensors(folder / each["path"] / "model.safetensors")["linear.weight"].float()

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .package import fastest_dtypes
+
+# Of the products: bfloat16 where the processor multiplies it faster than float32.
+DTYPE = fastest_dtypes(torch.device("cpu"), torch.bfloat16).products
 PARTS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -46,8 +50,8 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """Take over what the optimizer has changed."""
-        self.merged = self.changed().bfloat16()
-        self.a_low, self.b_low = self.a.bfloat16(), self.b.bfloat16()
+        self.merged = self.changed().to(DTYPE)
+        self.a_low, self.b_low = self.a.to(DTYPE), self.b.to(DTYPE)
 
     @torch.no_grad()
     def changed(self) -> Tensor:
@@ -55,12 +59,12 @@ class Adapter(nn.Module):
         return torch.addmm(self.weight, self.b, self.a, alpha=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(tokens, in) -> (tokens, out), bfloat16."""
+        """(tokens, in) -> (tokens, out), `DTYPE`."""
         return _Adapted.apply(x, self.a, self.b, self.merged, self.a_low, self.b_low, self.scale)
 
 
 class Whole(nn.Module):
-    """A linear layer all of whose weight is trained, in float32, and multiplied with in bfloat16.
+    """A linear layer all of whose weight is trained, in float32, and multiplied with in `DTYPE`.
 
     Args:
         weight: (out, in).
@@ -74,14 +78,14 @@ class Whole(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """Take over what the optimizer has changed."""
-        self.merged = self.w.bfloat16()
+        self.merged = self.w.to(DTYPE)
 
     def changed(self) -> Tensor:
         """The weight, float32."""
         return self.w.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(tokens, in) -> (tokens, out), bfloat16."""
+        """(tokens, in) -> (tokens, out), `DTYPE`."""
         return _Multiplied.apply(x, self.w, self.merged)
 
 
@@ -115,7 +119,7 @@ class _Adapted(torch.autograd.Function):
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = x.float()
-    return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * (1.0 + weight)).bfloat16()
+    return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * (1.0 + weight)).to(DTYPE)
 
 
 def _add_norm(h: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -123,7 +127,7 @@ def _add_norm(h: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return (functional.gelu(gate.float(), approximate="tanh") * up.float()).bfloat16()
+    return (functional.gelu(gate.float(), approximate="tanh") * up.float()).to(DTYPE)
 
 
 def _norm_turn(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, scale: float) -> Tensor:
@@ -132,7 +136,7 @@ def _norm_turn(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, 
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * (1.0 + weight)
     first, second = y.chunk(2, -1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-    return (turned * scale).bfloat16()
+    return (turned * scale).to(DTYPE)
 
 
 class _Attend(torch.autograd.Function):
@@ -189,7 +193,7 @@ class FastGemma(nn.Module):
         if not config.use_bidirectional_attention or config.num_key_value_heads != 1:
             raise ValueError("FastGemma attends in both directions with one head of keys and values.")
         self.config = config
-        self.embeddings = backbone.embed_tokens.weight.detach().bfloat16()
+        self.embeddings = backbone.embed_tokens.weight.detach().to(DTYPE)
         self.layers = nn.ModuleList()
         for layer in backbone.layers:
             weights = {part: layer.get_submodule(part).weight for part in PARTS}
@@ -226,7 +230,7 @@ class FastGemma(nn.Module):
         places = torch.cat([torch.arange(each) for each in lengths])
         tables = {kind: tuple(part[places][:, None] for part in each) for kind, each in self._tables.items()}
         eps, dim = self.config.rms_norm_eps, self.config.head_dim
-        h = functional.embedding(ids, self.embeddings) * torch.tensor(self.config.hidden_size**0.5).bfloat16()
+        h = functional.embedding(ids, self.embeddings) * torch.tensor(self.config.hidden_size**0.5).to(DTYPE)
         for layer, norms, kind in zip(self.layers, self._norms, self.config.layer_types, strict=True):
             cos, sin = tables[kind]
             x = self._norm(h, norms[0], eps)

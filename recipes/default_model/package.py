@@ -3,6 +3,7 @@
 from modeling_querit.adaptation.extractive import ExtractiveGenerator, without_copy
 from modeling_querit.adaptation.prompts import QueryRequest
 from modeling_querit.checkpoints.backbone import from_backbone
+from modeling_querit.mixed_precision_querit import fastest_dtypes
 from modeling_querit.modeling_querit import QueritForSequenceRanking
 from modeling_querit.processing_querit import DEFAULT_INSTRUCTION, QueritProcessor
 from modeling_querit.retrieval.bm25 import BM25
@@ -15,6 +16,7 @@ __all__ = [
     "QueritForSequenceRanking",
     "QueritProcessor",
     "QueryRequest",
+    "fastest_dtypes",
     "from_backbone",
     "listwise_kl",
     "margin_mse",
