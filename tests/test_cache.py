@@ -86,6 +86,7 @@ def test_an_empty_batch_writes_nothing(tmp_path):
     assert not (tmp_path / "folder").exists()
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(st.binary(min_size=16, max_size=16), st.floats(), max_size=3), max_size=4))
 def test_floats_come_back_to_the_bit(tmp_path_factory, batches):
     folder = tmp_path_factory.mktemp("cache")
@@ -106,6 +107,7 @@ def test_texts_come_back(tmp_path, text):
     assert DiskCache(tmp_path, TEXTS)[A] == text
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(width=32), max_size=9))
 def test_embeddings_come_back_to_the_bit(tmp_path_factory, values):
     folder = tmp_path_factory.mktemp("cache")

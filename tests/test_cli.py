@@ -377,6 +377,7 @@ def test_what_one_command_refuses_all_refuse(querit, saved_folder, tmp_path, dam
         assert not (tmp_path / "new").exists(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["rerank", "--help"]])
 def test_output_that_nobody_reads_ends_a_command_quietly(arguments):
     assert run_into_closed_pipe(*arguments) == (141, "")

@@ -143,6 +143,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(JSON, max_size=5))
 def test_each_row_is_a_line(tmp_path, rows):
     write_jsonl(iter(rows), tmp_path / "rows.jsonl")
@@ -178,6 +179,7 @@ def test_the_hash_of_rows_is_that_of_their_file(path):
         jsonl_sha256(rows)
 
 
+@pytest.mark.slow
 @given(st.lists(JSON, max_size=5))
 def test_rows_are_read_as_they_were_written(tmp_path, rows):
     path = tmp_path / "rows.jsonl"

@@ -200,6 +200,7 @@ def test_the_client_retries(api, hub, repo, folder, method, path, fault):
     assert hub.count(method, path) == 2
 
 
+@pytest.mark.slow
 def test_a_broken_download_resumes(api, hub, repo, folder, tmp_path):
     api.upload_folder(repo_id=REPO_ID, folder_path=folder)
     hub.faults.append(Fault("GET", "/resolve/.*/model.safetensors$", cut=True))
@@ -213,6 +214,7 @@ def test_a_broken_download_resumes(api, hub, repo, folder, tmp_path):
     assert [fault.times for fault in hub.faults] == [1]
 
 
+@pytest.mark.slow
 def test_a_fresh_process_needs_only_the_environment(hub, folder, tmp_path):
     script = """
 import json, sys

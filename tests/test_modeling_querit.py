@@ -350,6 +350,7 @@ def kernels(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "querit", "grouped_mm", "batched_mm"])
 def test_the_requested_experts_implementation_runs(saved_folders, ids, references, kernels, implementation):
     model = QueritForSequenceRanking.from_pretrained(

@@ -135,6 +135,7 @@ def test_a_causal_mask_is_refused(bidirectional, token_ids, content_cls_mask, fo
         bidirectional(torch.tensor([ids]), reference_mask)
 
 
+@pytest.mark.slow
 def test_a_saved_folder_loads_with_the_package(bidirectional, expected, tmp_path):
     bidirectional.save_pretrained(tmp_path)
     for loaded in (QueritForSequenceRanking.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):

@@ -151,6 +151,7 @@ def test_dropout_of_attention_is_not_ignored(fresh, pack):
         fresh.train()(pack=pack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_training", [True, False])
 def test_threads_leave_the_model_as_it_was(fresh, pack, is_training):
     """Two backward passes with repeated layers; or a forward pass beside a ranking."""

@@ -99,6 +99,7 @@ def test_published_bfloat16_weights_stay_bfloat16(model, tmp_path):
     assert QueritForSequenceRanking.from_pretrained(tmp_path / "saved").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "float32", "bfloat16"])
 def test_dtype_on_loading_is_that_of_every_weight(model, tmp_path, dtype):
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(tmp_path)
@@ -184,6 +185,7 @@ def test_a_missing_weight_of_a_moe_layer_is_an_error_that_names_it(models, tmp_p
     assert_error_names(folder, NAMED.get(damage, MOE_DAMAGES[damage][0].replace(".", r"\.")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
 @pytest.mark.parametrize("index", [0, tiny.EXPERTS - 1])
 def test_one_missing_expert_is_an_error_that_names_it(models, tmp_path, index, name):

@@ -273,6 +273,7 @@ def test_equal_inputs_give_equal_bits(dtype, cores, choose):
         assert torch.equal(experts(*layer), experts(*layer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("faster", [False, True], ids=["bfloat16 is faster", "float32 is faster"])
 @pytest.mark.parametrize(("tokens", "many"), [(95, False), (96, True)], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -332,6 +333,7 @@ def test_float32_meets_bfloat16_weights(layout, tokens, faster, cores, choose):
     assert {parameter.dtype for parameter in experts.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("faster", [False, True], ids=["bfloat16 is faster", "float32 is faster"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_works_under_autocast(layout, faster, cores, choose):
@@ -410,6 +412,7 @@ def routings(draw):
     return torch.tensor(chosen[: tokens * choices], dtype=torch.long).view(tokens, choices), experts
 
 
+@pytest.mark.slow
 @settings(max_examples=100, derandomize=True, deadline=None)
 @given(routings(), st.booleans(), st.sampled_from([1, 2, 5, 64]))
 def test_routing(routing, neighbours, threads):
@@ -493,6 +496,7 @@ def test_kernels_compute_any_gradient_by_itself(joined):
     assert joined == [False]
 
 
+@pytest.mark.slow
 def test_kernels_compute_in_the_wider_dtype(joined):
     experts, layer = to_device(make_experts(dtype=torch.float16), make_layer(ROUTINGS["an expert chosen twice"]))
     exact, ours = compute(*eager(experts, layer)), compute(experts, layer)

@@ -113,6 +113,7 @@ def test_all_tokens_on_one_expert(moe):
     check(moe, make_layer(torch.full((70, 1), 4), experts=6))
 
 
+@pytest.mark.slow
 def test_an_expert_chosen_twice_by_a_token_counts_twice(moe):
     check(moe, make_layer(torch.tensor([[2, 2, 0], [1, 2, 1]]), experts=3))
 
@@ -161,6 +162,7 @@ def test_equal_inputs_give_equal_bits(moe):
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_keeps_nothing_for_inference(moe):
     layer = make_layer(make_index(12, 6, 2))
     output, saved = moe.experts_forward(*layer)
@@ -199,6 +201,7 @@ def test_never_waits_for_the_device(moe, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_m", [16, 64])
 @pytest.mark.parametrize(
     ("tokens", "experts", "choices"),

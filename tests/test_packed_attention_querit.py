@@ -180,6 +180,7 @@ def test_tokens_attend_within_their_pair_in_both_directions(attend, method, layo
         torch.testing.assert_close(output[positions], expected[positions], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*METHODS, "scored positions"])
 @pytest.mark.parametrize("layout", ["prefixes", "carried from the middle", "long and carried"])
 @pytest.mark.parametrize(("heads", "groups", "value_size"), [(4, 2, SIZE), (4, 4, SIZE), (2, 1, 5), (6, 3, 5)])
@@ -190,6 +191,7 @@ def test_grouped_heads_and_small_values(attend, method, layout, heads, groups, v
         torch.testing.assert_close(output[positions], expected[positions], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*METHODS, "scored positions"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("value_size", [SIZE, 5])

@@ -176,6 +176,7 @@ def test_scores_are_the_reference_scores(reference_model, name, optimizations, b
     assert shares_prefix == (optimizations.packing and optimizations.share_prefix and "both" not in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v3", "gemma3_text"])
 def test_whichever_attention_the_model_is_set_to(fresh_model, name, implementation):
@@ -186,6 +187,7 @@ def test_whichever_attention_the_model_is_set_to(fresh_model, name, implementati
     assert model.model.config._attn_implementation == implementation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "kwargs"),
     [
@@ -212,6 +214,7 @@ def test_other_backbones(processor, model_type, kwargs):
 # What is computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v3", "deepseek_v3 with small queries"])
 @pytest.mark.parametrize("optimizations", COMBINATIONS, ids=str)
 @pytest.mark.parametrize("batch_tokens", [150, 100_000])
@@ -258,6 +261,7 @@ def test_the_norm_sees_only_scored_tokens(fresh_model):
 # What a packed forward pass leaves behind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, RuntimeError])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
@@ -317,6 +321,7 @@ def halted(model, layer):
         handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v3", "gemma3_text"])
 def test_a_plain_forward_pass_beside_a_ranking(fresh_model, name, implementation):
@@ -409,6 +414,7 @@ def test_two_models_of_one_config_rank_at_once(processor):
     assert results[0] == pytest.approx(expected[1], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [True, False])
 def test_two_threads_rank_a_model_in_training(processor, packing):
     """The first to finish must not put dropout back for the second."""
@@ -479,6 +485,7 @@ def in_bfloat16(fresh_model):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(name for name in MODELS if "gemma3" not in name))
 @pytest.mark.parametrize("optimizations", [ALL, Optimizations(packing=False)], ids=str)
 def test_float32_arithmetic_where_that_is_faster(in_bfloat16, fastest, name, optimizations):
@@ -696,6 +703,7 @@ def test_the_direction_of_attention_is_in_the_config(fresh_model, settings, expe
     assert is_causal(model.model) == expected
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_is_refused_for_attention_in_both_directions(reference_model):
     model, _ = reference_model("gemma3_text in both directions")
     [pack] = plan_packs([[1, 2, 3], [1, 2, 4]], [[0, 1]], batch_tokens=10)

@@ -74,6 +74,7 @@ def test_every_pair_is_whole_and_there_once(pairs, batch_tokens, share_prefix):
         assert [position for _, position in keys] == list(range(len(keys)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share_prefix", [True, False])
 @given(pairs=grouped(), batch_tokens=BUDGETS)
 def test_packs_keep_to_the_budget_and_are_full(pairs, batch_tokens, share_prefix):
@@ -86,6 +87,7 @@ def test_packs_keep_to_the_budget_and_are_full(pairs, batch_tokens, share_prefix
         assert len(pack) + following.scored_positions[0] + 1 > batch_tokens
 
 
+@pytest.mark.slow
 @given(pairs=grouped(), batch_tokens=BUDGETS)
 def test_groups_stay_in_order(pairs, batch_tokens):
     input_ids, groups = pairs
@@ -93,6 +95,7 @@ def test_groups_stay_in_order(pairs, batch_tokens):
     assert [pair for pack in packs for pair in pack.pairs] == [pair for group in groups for pair in group]
 
 
+@pytest.mark.slow
 @given(pairs=grouped(), batch_tokens=BUDGETS)
 def test_a_prefix_is_computed_once_for_its_group(pairs, batch_tokens):
     input_ids, groups = pairs
@@ -104,6 +107,7 @@ def test_a_prefix_is_computed_once_for_its_group(pairs, batch_tokens):
     assert sum(map(len, packs)) == sum(map(len, input_ids)) - saved
 
 
+@pytest.mark.slow
 @given(pairs=grouped(), batch_tokens=BUDGETS)
 def test_nothing_is_shared_unless_asked_for(pairs, batch_tokens):
     for pack in plan_packs(*pairs, batch_tokens, share_prefix=False):

@@ -11,6 +11,7 @@ def drawn(width=3, height=2):
     return figure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(3, 2), (1.5, 4)])
 def test_a_figure_has_the_size_in_inches(tmp_path, width, height):
     save_plot(drawn(width, height), tmp_path / "figure.png")

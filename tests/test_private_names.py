@@ -168,6 +168,7 @@ def test_no_other_private_name_of_transformers_is_overridden():
     assert not unlisted, f"list these with their reason in PRIVATE_NAMES: {unlisted}"
 
 
+@pytest.mark.slow
 def test_the_list_holds_nothing_that_is_not_used():
     used = names_used().keys() | overridden_names().keys()
     unused = [entry for entry in PRIVATE_NAMES if last_of(entry) not in used]

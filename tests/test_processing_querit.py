@@ -60,6 +60,7 @@ def plain_ids(processor, text):
 # The reference
 
 
+@pytest.mark.slow
 @given(query=TEXT, content=TEXT, instruction=st.one_of(st.none(), TEXT))
 def test_ids_are_those_of_the_reference(any_processor, wrapper_of, query, content, instruction):
     assume(not holds_a_token_name(any_processor.tokenizer, query, content, instruction or ""))
@@ -134,6 +135,7 @@ def test_without_a_title_the_text_is_stripped_as_mteb_does(processor, title):
 # Too long
 
 
+@pytest.mark.slow
 @given(
     query=TEXT,
     content=st.one_of(TEXT, WORDS.map(lambda words: words * 5)),

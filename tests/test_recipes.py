@@ -162,6 +162,7 @@ def test_ndcg_of_an_order():
     assert measure.random_ndcg([1, 0]) == pytest.approx((1 + 0.6309) / 2, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_of_teachers_follow_those_who_are_right():
     rng = np.random.default_rng(0)
     lists = []

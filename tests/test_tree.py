@@ -133,6 +133,7 @@ def test_the_version_stands_in_one_place():
     assert modeling_querit.__version__.partition(".dev")[0] in changelog or "[Unreleased]" in changelog
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["py.typed", "checkpoints/mini/adapter_config.json"])
 def test_files_beside_the_code_are_packaged(name, tmp_path):
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]

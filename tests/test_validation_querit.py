@@ -179,6 +179,7 @@ def test_another_format_in_the_header_is_named(folder):
 # The tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content"),
     [

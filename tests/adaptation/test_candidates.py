@@ -171,6 +171,7 @@ def test_draws_depend_on_the_query_and_the_seed_alone():
     assert draw(RUN, sources, bands, seed=1) != drawn
 
 
+@pytest.mark.slow
 @given(
     st.integers(2, 30),
     st.lists(st.integers(0, 29), unique=True, max_size=12),

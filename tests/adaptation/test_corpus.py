@@ -179,6 +179,7 @@ def test_other_scripts_are_left_as_they_are(path):
     assert [document["text"] for document in documents] == texts
 
 
+@pytest.mark.slow
 def test_a_document_of_a_million_characters_is_read(path):
     (document,), _ = read_rows(path, {"text": "fox " * 250_000 + "end"})
     assert document["text"].endswith("fox end")
@@ -246,6 +247,7 @@ def test_a_truncated_text_is_a_prefix(text, max_chars):
 # -- Languages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "language"),
     [

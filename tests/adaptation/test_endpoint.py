@@ -110,6 +110,7 @@ def slowly(request):
     return OK
 
 
+@pytest.mark.slow
 def test_a_slow_answer_is_retried(server):
     served = Served(server, slowly, OK)
     endpoint = make_endpoint(served.url, timeout=0.2)
@@ -120,6 +121,7 @@ def test_a_slow_answer_is_retried(server):
         make_endpoint(Served(server, slowly).url, timeout=0.2, attempts=1).post({}, answer_of)
 
 
+@pytest.mark.slow
 def test_the_timeout_holds_for_the_whole_answer(server):
     def drip(request):
         def pieces():
@@ -134,6 +136,7 @@ def test_the_timeout_holds_for_the_whole_answer(server):
         make_endpoint(served.url, timeout=0.4, attempts=1).post({}, answer_of)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [408, 409, 425, 429, 500, 502, 503, 504])
 def test_transient_errors_are_retried(server, code):
     served = Served(server, status(code), status(code), OK)
@@ -174,6 +177,7 @@ def test_a_server_that_refuses_everything_ends_the_run(server):
     assert kinds == [Refused] * 8 + [ValueError] * 4 + [Refused] * 12
 
 
+@pytest.mark.slow
 def test_retry_after_is_respected(server):
     served = Served(server, status(429, **{"Retry-After": "0.4"}), OK)
     make_endpoint(served.url).post({}, answer_of)
@@ -192,6 +196,7 @@ def test_retry_after_takes_precedence_over_back_off(server):
         assert served.times[1] - served.times[0] < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [
@@ -285,6 +290,7 @@ def test_results_are_in_the_order_of_the_items(server):
     assert list(endpoint.map(answer_of, [])) == []
 
 
+@pytest.mark.slow
 def test_the_rate_limit_holds(server, monkeypatch):
     """A minute takes half a second here."""
     monkeypatch.setattr(module, "Rate", lambda count, _: Rate(count, 500))
@@ -297,6 +303,7 @@ def test_the_rate_limit_holds(server, monkeypatch):
     assert times[-1] - times[0] < 3
 
 
+@pytest.mark.slow
 def test_retries_count_towards_the_rate_limit(server, monkeypatch):
     monkeypatch.setattr(module, "Rate", lambda count, _: Rate(count, 300))
     served = Served(server, status(500), status(500), OK)
@@ -318,6 +325,7 @@ def test_a_failing_item_ends_the_map(server):
     assert len(served.payloads) <= 4
 
 
+@pytest.mark.slow
 def test_a_failing_item_ends_the_map_while_another_is_under_way(server):
     def refuse_but_the_first(request):
         if request.get_json()["item"] == 0:

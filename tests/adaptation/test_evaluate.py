@@ -70,11 +70,13 @@ def score_function(folder, **options):
     return lambda query, document: float(model.predict([(query, document)], max_length=MAX_LENGTH)[0])
 
 
+@pytest.mark.slow
 def test_the_model_computes_in_the_dtype_of_the_settings(settings, source, adapted):
     metrics = evaluate_adaptation(settings.model_copy(update={"evaluation_dtype": "bfloat16"}), source)
     assert metrics["adapted"] == pytest.approx(ndcg_of(score_function(adapted, dtype="bfloat16")))
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_rankings(settings, source, adapted, saved_folders):
     metrics = evaluate_adaptation(settings, source)
     assert list(metrics) == ["collection", "queries", "first_stage", "teacher", "general", "adapted", "p_value"]
@@ -95,6 +97,7 @@ def test_metrics_are_those_of_the_rankings(settings, source, adapted, saved_fold
     assert metrics["teacher"] == pytest.approx(ndcg_of(label))
 
 
+@pytest.mark.slow
 def test_a_split_other_than_test_is_named(settings, source, adapted):
     folder = source.removesuffix(":test")
     shutil.copy(f"{folder}/qrels/test.tsv", f"{folder}/qrels/dev.tsv")
@@ -102,6 +105,7 @@ def test_a_split_other_than_test_is_named(settings, source, adapted):
     assert names == ["collection", "collection", "collection:dev"]
 
 
+@pytest.mark.slow
 def test_teachers_count_by_their_weights(settings, source, adapted):
     calibrate(adapted.parent, ["bm25", "student"], {"bm25": 1e6, "student": 1.0})
     assert evaluate_adaptation(settings, source)["teacher"] == pytest.approx(100)
@@ -115,6 +119,7 @@ def test_equal_models_do_not_differ(settings, source, adapted, saved_folders):
     assert metrics["p_value"] == 1.0
 
 
+@pytest.mark.slow
 def test_scores_are_cached_by_weights(settings, source, adapted, monkeypatch):
     metrics = evaluate_adaptation(settings, source)
     scored = []
@@ -129,6 +134,7 @@ def test_scores_are_cached_by_weights(settings, source, adapted, monkeypatch):
     assert scored == [str(adapted)]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_teacher_and_student_scores_once(settings, source, adapted, saved_folders, monkeypatch):
     values = settings.model_dump(mode="json")
     values["teachers"]["student"]["max_length"] = MAX_LENGTH

@@ -25,6 +25,7 @@ def reasons(*queries, first_stage=None, **limits):
     return [reason for _, reason in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "limits", "reason"),
     [
@@ -133,6 +134,7 @@ def test_many_queries_stay_in_order(count):
     assert [text for texts, _ in stage.searches for text in texts] == [query.text for query in queries]
 
 
+@pytest.mark.slow
 def test_queries_are_filtered_as_they_come():
     def endless():
         number = 0

@@ -48,6 +48,7 @@ def make_writer(folder, **options):
 # -- Models on this machine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_generation_is_reproducible(folder, temperature):
     writer = make_writer(folder, temperature=temperature)
@@ -61,6 +62,7 @@ def test_generation_is_reproducible(folder, temperature):
     assert all("\n" not in query for query in first)
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_the_seed(folder):
     answers = {
         tuple(make_writer(folder, seed=seed, temperature=temperature).generate(REQUESTS))
@@ -223,6 +225,7 @@ def test_queries_come_in_the_order_of_the_requests(httpserver, make_client):
     assert make_client().generate(requests) == [f"number {n:02}" for n in range(30)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [

@@ -86,6 +86,7 @@ def test_documents_become_a_model_and_a_report(tmp_path, model):
 # -- What is done again
 
 
+@pytest.mark.slow
 def test_finished_stages_are_not_run_again(settings):
     Adaptation(settings).run(DATA_STAGES)
     files = [path for folder in ("data", "cache") for path in (settings.output_dir / folder).rglob("*.*")]
@@ -174,6 +175,7 @@ def test_training_with_other_settings_starts_over_and_keeps_the_model_before(set
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_teacher_with_other_weights_under_the_same_name_scores_again(tmp_path, model):
     write_collection(tmp_path / "collection")
     shutil.copytree(model, tmp_path / "model")
@@ -257,6 +259,7 @@ def test_a_server_that_is_down_is_named_at_the_start(tmp_path, model, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_server_of_a_finished_stage_may_be_down(tmp_path, model, httpserver):
     write_collection(tmp_path / "collection")
     httpserver.expect_request("/v1/chat/completions").respond_with_json(

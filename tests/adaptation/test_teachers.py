@@ -91,6 +91,7 @@ def test_invalid_options_of_a_cross_encoder_are_refused():
         CrossEncoderTeacher("x", dtype="half")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["querit", "sentence-transformers"])
 def test_cross_encoders_compute_in_the_dtype_of_the_options(saved_folders, library):
     folder = str(saved_folders("qwen3"))
@@ -155,6 +156,7 @@ def prompt_of(teacher, query, document):
     return text.replace("{instruction}", teacher.instruction).replace("{query}", query)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_a_batch_scores_as_single_pairs_do(causal_lms, name):
     """Pairs of different lengths."""
@@ -438,6 +440,7 @@ def test_a_server_in_trouble_ends_the_run(served):
         make_client(served).score(PAIRS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"model": "n"}, {"version": "2"}, {"max_chars": 9}, {"extra_body": {"a": 1}}])
 def test_the_identity_of_a_server_is_its_model_not_its_url(options):
     identity = EndpointTeacher("http://here/v1", "m").identity

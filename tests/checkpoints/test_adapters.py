@@ -82,6 +82,7 @@ def test_an_adapter_that_peft_loads_again_is_the_same(saved_folder, tmp_path):
         torch.testing.assert_close(whole(actual[key]), tensor, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_updates_of_a_half_precision_base_stay_in_float32(saved_folders, tmp_path, dtype):
     model = QueritForSequenceRanking.from_pretrained(saved_folders("qwen3")).to(dtype)

@@ -85,6 +85,7 @@ def test_tensors_keep_their_data_types(models, saved_folders, tmp_path, open_by_
     assert set(actual.values()) == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_an_adapter_is_applied_to_a_reranker(saved_folder, tmp_path, open_by_name):
     adapt(tmp_path / "adapter", saved_folder).merge_and_unload().save_pretrained(tmp_path / "merged")
     checkpoint = open_by_name(tmp_path / "adapter")
@@ -99,6 +100,7 @@ def test_an_adapter_is_applied_to_a_reranker(saved_folder, tmp_path, open_by_nam
     check_compatible([checkpoint, open_by_name(saved_folder), open_by_name(tmp_path / "merged")])
 
 
+@pytest.mark.slow
 def test_an_adapter_is_applied_to_a_published_reranker(model, tmp_path, open_by_name):
     base = tiny.write_published(tmp_path / "published", model, tiny.published_tensors(model))
     adapt(tmp_path / "adapter", base).merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -218,6 +220,7 @@ def test_truncated_weights_are_named(saved_folder, tmp_path, open_by_name):
         open_by_name(tmp_path / "damaged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["score.bias", "model.norm.weight", "model.layers.1.self_attn.o_proj.weight"])
 def test_a_missing_weight_is_named(saved_folder, tmp_path, open_by_name, key):
     folder = change(saved_folder, tmp_path / "lacking", lambda tensors: {k: v for k, v in tensors.items() if k != key})
@@ -275,6 +278,7 @@ def test_a_head_under_the_keys_of_both_layouts_is_refused(saved_folder, tmp_path
 # Heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [torch.zeros(2, 32), torch.ones(2, 32), torch.arange(32.0).expand(2, 32)])
 def test_an_untrained_head_is_refused(saved_folder, tmp_path, open_by_name, head):
     folder = change(saved_folder, tmp_path / "new", lambda tensors: tensors | {"score.weight": head.contiguous()})

@@ -20,6 +20,7 @@ from modeling_querit.checkpoints.convert import convert_to_published, convert_to
 from modeling_querit.checkpoints.loading import load_for_training
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_becomes_a_complete_folder(model, tmp_path):
     source = tiny.write_published(tmp_path / "source", model, tiny.published_tensors(model))
     destination = convert_to_querit(source, tmp_path / "deep" / "destination")
@@ -32,6 +33,7 @@ def test_a_published_checkpoint_becomes_a_complete_folder(model, tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["destination"]
 
 
+@pytest.mark.slow
 def test_the_config_states_the_data_type(model, tmp_path):
     source = tiny.write_published(tmp_path / "source", model, tiny.published_tensors(model))
     convert_to_querit(source, tmp_path / "destination", dtype="bfloat16")
@@ -72,6 +74,7 @@ def test_an_adapter_becomes_a_complete_folder(saved_folder, tmp_path, dtype):
     assert config["dtype"] == config["text_config"]["dtype"] == ("float32" if dtype == "auto" else dtype)
 
 
+@pytest.mark.slow
 def test_a_link_to_an_empty_folder_is_filled(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "disk").mkdir()
@@ -276,6 +279,7 @@ def test_a_damaged_checkpoint_is_not_converted(saved_folder, tmp_path, write, da
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.slow
 def test_the_command_converts_to_the_published_layout(querit, model, saved_folder, tmp_path):
     code, out, _ = querit("convert", saved_folder, tmp_path / "new", "--to", "published", "--dtype", "float32")
     assert (code, out) == (0, f"Wrote {tmp_path / 'new'}\n")
@@ -292,6 +296,7 @@ def test_the_command_refuses_an_unknown_layout(querit, saved_folders, tmp_path):
 # What is passed on, and what is written is loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convert", [convert_to_querit, convert_to_published, convert_to_seq_cls])
 def test_licence_and_notices_are_passed_on(saved_folder, tmp_path, convert):
     source = shutil.copytree(saved_folder, tmp_path / "source")
@@ -304,6 +309,7 @@ def test_licence_and_notices_are_passed_on(saved_folder, tmp_path, convert):
     assert (folder / "NOTICE").read_text() == "Gemma is provided under its terms."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convert", [convert_to_querit, convert_to_published, convert_to_seq_cls])
 def test_what_is_written_is_loaded_before_it_appears(saved_folder, tmp_path, monkeypatch, convert):
     """A disk that loses a part of what was written."""

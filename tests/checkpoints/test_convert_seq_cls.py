@@ -278,6 +278,7 @@ def assert_same_folder(folder, expected):
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_shards_are_converted(model, exports, architecture, tmp_path):
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
@@ -285,6 +286,7 @@ def test_shards_are_converted(model, exports, architecture, tmp_path):
     assert_same_folder(folder, exports[f"{architecture}-auto"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["model.", ""])
 def test_the_published_layout_is_converted(model, exports, architecture, tmp_path, prefix):
     tensors = tiny.published_tensors(model, prefix) | {"lm_head.weight": torch.randn(512, 32)}
@@ -329,6 +331,7 @@ def train_adapter(folder, destination, dtype=torch.float32, modules=SAVED_HEAD):
 HEADS = pytest.mark.parametrize("modules", [SAVED_HEAD, ADAPTED_HEAD], ids=["own", "update"])
 
 
+@pytest.mark.slow
 @HEADS
 def test_an_adapter_is_converted(saved_folder, model, tmp_path, modules):
     merged = train_adapter(saved_folder, tmp_path / "adapter", modules=modules)
@@ -370,6 +373,7 @@ def test_auto_keeps_bfloat16(model, tmp_path):
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing_tokens", [["pad_token"], ["pad_token", "eos_token"]])
 def test_a_tokenizer_without_padding_token_gets_one(model, tmp_path, missing_tokens):
     """transformers finds the last token by the padding token, so there must be one, and not `[CLS]`."""
@@ -467,6 +471,7 @@ def test_the_command_converts_the_mini(querit, monkeypatch, saved_folders, expor
     )
 
 
+@pytest.mark.slow
 def test_the_command_with_options(querit, saved_folder, tmp_path):
     code, _, _ = querit("convert", saved_folder, tmp_path / "export", "--to", "seq-cls", "--dtype", "float16")
     assert code == 0

@@ -209,6 +209,7 @@ def copy_of(folder, destination, **options):
     return destination
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_shard_size", ["5GB", 20_000])
 def test_copies_are_loaded_by_transformers(model, saved_folder, tmp_path, max_shard_size):
     copy = copy_of(saved_folder, tmp_path / "copy", max_shard_size=max_shard_size)
@@ -242,6 +243,7 @@ def test_progress_is_reported_in_bytes(tmp_path):
     assert sorted(written) == [0, 16, 80]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_copies_have_another_data_type(saved_folder, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(safetensors_io, "CHUNK_ELEMENTS", 50)

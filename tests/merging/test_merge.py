@@ -35,6 +35,7 @@ ROUTING_BIAS = "e_score_correction_bias"
 # Values
 
 
+@pytest.mark.slow
 def test_two_models_are_merged_by_slerp(family, tmp_path):
     t = 0.3
     actual = merged(tmp_path / "new", family[:2], t=[str(t)])
@@ -94,6 +95,7 @@ def test_the_ends_of_t_are_the_models_themselves(families, architecture, tmp_pat
     assert_same(merged(tmp_path / "new", models, t=[t]), tiny.read_tensors(Path(models[index])))
 
 
+@pytest.mark.slow
 def test_a_model_with_all_the_weight_is_the_result(family, tmp_path):
     actual = merged(tmp_path / "new", family, weights=["0,0,5"])
     assert_same(actual, tiny.read_tensors(Path(family[2])))
@@ -161,6 +163,7 @@ def test_the_number_of_threads_does_not_matter(family, tmp_path, three_threads):
     assert_same(actual, merged(tmp_path / "one", family, weights=["3,1,2"]))
 
 
+@pytest.mark.slow
 def test_the_layout_of_models_does_not_matter(model, families, saved_folder, tmp_path):
     other = str(families(model.config.text_config.model_type)[1])
     published = tiny.write_published(tmp_path / "published", model, tiny.published_tensors(model, ""), shards=3)
@@ -170,6 +173,7 @@ def test_the_layout_of_models_does_not_matter(model, families, saved_folder, tmp
     )
 
 
+@pytest.mark.slow
 def test_adapters_are_applied_before_the_merge(pair, tmp_path):
     adapt(tmp_path / "adapter", pair[0]).merge_and_unload().save_pretrained(tmp_path / "whole")
     actual = merged(tmp_path / "one", [str(tmp_path / "adapter"), pair[1]], t=["0.4"])
@@ -221,6 +225,7 @@ def test_a_scale_that_overflows_is_refused(family, saved_folder, tmp_path, scale
         merge_checkpoints(recipe, tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_heads_that_cancel_out_are_refused(pair, tmp_path):
     key = "score.weight"
     opposite = change(pair[0], tmp_path / "opposite", lambda tensors: tensors | {key: -tensors[key]})

@@ -41,6 +41,7 @@ def test_it_has_the_files_of_a_saved_folder(whole_merge, family, tmp_path):
     assert [path.name for path in whole_merge.parent.iterdir()] == [whole_merge.name]
 
 
+@pytest.mark.slow
 def test_every_runtime_loads_it(whole_merge):
     from sentence_transformers import CrossEncoder
 
@@ -56,6 +57,7 @@ def test_every_runtime_loads_it(whole_merge):
     assert encoder.predict(pairs).tolist() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_its_maximum_length_is_the_shortest_of_the_models(family, tmp_path):
     path = shutil.copytree(family[1], tmp_path / "short") / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 99}))
@@ -147,6 +149,7 @@ def test_the_record_is_a_recipe_of_the_same_merge(pair, saved_folders, tmp_path,
     assert two["README.md"].replace(b"two", b"one") == one["README.md"].replace(b"two", b"one")
 
 
+@pytest.mark.slow
 def test_results_of_training_runs_are_told_apart(pair, tmp_path, monkeypatch):
     """`querit train` calls all its results `model`."""
     models = [shutil.copytree(folder, tmp_path / Path(folder).name / "model") for folder in pair]
@@ -161,6 +164,7 @@ def test_results_of_training_runs_are_told_apart(pair, tmp_path, monkeypatch):
     assert_same(tiny.read_tensors(again), expected)
 
 
+@pytest.mark.slow
 def test_models_that_differ_from_the_record_are_refused(pair, tmp_path, monkeypatch):
     for folder in pair:
         shutil.copytree(folder, tmp_path / Path(folder).name)
@@ -295,6 +299,7 @@ def test_incompatible_models_leave_nothing_behind(families, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_untrained_head_is_refused_except_in_a_base(pair, tmp_path):
     new = change(pair[0], tmp_path / "base", lambda tensors: tensors | {"score.weight": torch.zeros(2, 32)})
     with pytest.raises(ValueError, match=r"head of .*base was never trained"):

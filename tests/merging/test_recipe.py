@@ -106,6 +106,7 @@ def test_the_root_has_a_name(folders):
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_merges(querit, pair, tmp_path):
     code, out, _ = querit("merge", *pair, "--t", "0.3", "--t", "mlp=0:1", "-o", tmp_path / "new")
     assert (code, out) == (0, f"Wrote {tmp_path / 'new'}\n")

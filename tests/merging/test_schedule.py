@@ -86,6 +86,7 @@ def test_gradients_are_interpolated_linearly(values, layers):
     np.testing.assert_allclose(actual, np.interp(positions, np.arange(len(values)), values), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6), st.integers(2, 40))
 def test_gradients_equal_those_of_mergekit(values, layers):
     evaluate_setting = pytest.importorskip("mergekit.config").evaluate_setting

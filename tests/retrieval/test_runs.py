@@ -76,6 +76,7 @@ def test_fusion_ignores_scores():
     assert fuse([ranking, [("c", 1.0)]]) == fuse([[("a", 0.1), ("b", 0.1)], [("c", -5.0)]])
 
 
+@pytest.mark.slow
 @given(rankings, st.randoms(use_true_random=False))
 def test_the_order_of_rankings_does_not_matter(orders, rng):
     rankings = [[(document, 0.0) for document in order] for order in orders]

@@ -10,6 +10,7 @@ from modeling_querit.training.calibration import METHODS, Calibration, Teachers
 SCORES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["quantile", "sigmoid", "rank"])
 @given(SCORES, SCORES)
 def test_labels_are_in_the_unit_interval_and_keep_the_order(method, fitted, scores):

@@ -125,6 +125,7 @@ def png_size(png):
     return [int.from_bytes(png[start : start + 4], "big") for start in (16, 20)]
 
 
+@pytest.mark.slow
 def test_the_plot_has_a_panel_for_each_quantity(tmp_path):
     assert draw_run(HISTORY, tmp_path / "all.png")
     assert draw_run([{"step": 1, "loss": 1.0}], tmp_path / "loss.png")

@@ -28,6 +28,7 @@ def test_rows_with_relevance_judgements_keep_their_labels(processor):
     assert DistillationCollator(TEACHERS, processor)([row])["labels"].tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_teachers_are_calibrated_by_the_training_rows(model, tmp_path):
     trainer = make_trainer(copy.deepcopy(model), tmp_path, SCORED, trainer=QueritDistillationTrainer)
     batch = trainer.data_collator(SCORED[:1])

@@ -35,6 +35,7 @@ def count_tokens(layer):
     return passes
 
 
+@pytest.mark.slow
 def test_the_load_is_logged_by_layer(mixture, tmp_path):
     ((name, layer),) = expert_layers(mixture)
     passes = count_tokens(layer)
@@ -50,6 +51,7 @@ def test_the_load_is_logged_by_layer(mixture, tmp_path):
     assert len(layer.experts._forward_pre_hooks) == 1
 
 
+@pytest.mark.slow
 def test_the_bias_rises_for_idle_experts_and_falls_for_busy_ones(mixture, tmp_path):
     ((_, layer),) = expert_layers(mixture)
     before = router_of(layer).e_score_correction_bias.clone()
@@ -62,6 +64,7 @@ def test_the_bias_rises_for_idle_experts_and_falls_for_busy_ones(mixture, tmp_pa
     torch.testing.assert_close(router_of(layer).e_score_correction_bias, expected)
 
 
+@pytest.mark.slow
 def test_the_bias_is_kept_in_float32(mixture, tmp_path):
     mixture = mixture.bfloat16()
     ((_, layer),) = expert_layers(mixture)
@@ -111,6 +114,7 @@ def test_frozen_parts_do_not_change(mixture, tmp_path, parts):
         assert torch.equal(before[key], mixture.state_dict()[key]) == (part == parts)
 
 
+@pytest.mark.slow
 def test_dense_models_have_no_expert_load(processor, tmp_path):
     dense = make_model("qwen3", processor)
     with pytest.raises(ValueError, match="dense"):
@@ -119,6 +123,7 @@ def test_dense_models_have_no_expert_load(processor, tmp_path):
         freeze(dense, "router")
 
 
+@pytest.mark.slow
 def test_a_router_without_bias_cannot_be_balanced(mixture, tmp_path):
     ((_, layer),) = expert_layers(mixture)
     trainer = make_trainer(mixture, tmp_path, callbacks=[ExpertLoadCallback(0.001)])

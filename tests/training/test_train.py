@@ -81,6 +81,7 @@ def assert_trained_from_layer_1_on(model, folder):
             assert not parameter.equal(before[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_there_is_no_layer_after_the_last(run, rank):
     with pytest.raises(ValueError, match="has layers 0 to 1"):

@@ -104,6 +104,7 @@ def test_packed_batches_hold_the_shared_prefix_of_a_query_once(model, tmp_path):
     torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_backbone_that_cannot_be_packed_is_padded(model, tmp_path, monkeypatch):
     monkeypatch.setattr(type(model.model), "_supports_attention_backend", False)
     trainer = make_trainer(copy.deepcopy(model), tmp_path)
@@ -136,12 +137,14 @@ def test_bfloat16_needs_no_accelerator(tmp_path, monkeypatch):
     assert args.device.type == "cpu"
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_too(model, tmp_path):
     trainer = make_trainer(copy.deepcopy(model), tmp_path, bf16=True, logging_steps=1)
     trainer.train()
     assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
 
 
+@pytest.mark.slow
 def test_logs_have_the_weighted_losses_and_the_spread_of_scores(model, tmp_path):
     names = ["pairwise_hinge", "listwise_kl"]
     trainer = make_trainer(
@@ -186,6 +189,7 @@ def slow_ndcg(model, row):
     return dcg([row["labels"][index] for index in order]) / dcg(sorted(row["labels"], reverse=True))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_chosen_by_ndcg(model, tmp_path):
     trainer = make_trainer(
         copy.deepcopy(model),
@@ -241,6 +245,7 @@ def test_a_saved_model_is_a_folder_for_every_runtime(model, tmp_path):
     assert {"model.safetensors", "tokenizer.json", "modules.json", "modeling_querit.py"} <= names
 
 
+@pytest.mark.slow
 def test_all_tensors_of_the_best_checkpoint_are_restored(model, tmp_path):
     """Experts too, which the Trainer's own way of loading would skip."""
     trainer = make_trainer(
@@ -273,6 +278,7 @@ def test_queries_of_similar_length_are_batched_together(model, tmp_path):
     assert list(sampler) != first
 
 
+@pytest.mark.slow
 def test_tables_are_batched_by_length_too(model, tmp_path):
     datasets = pytest.importorskip("datasets")
     args = make_args(tmp_path, train_sampling_strategy="group_by_length", max_steps=1)
@@ -302,6 +308,7 @@ def test_a_resumed_run_logs_the_same_losses(model, tmp_path):
         assert again == pytest.approx(once, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("losses", [["ranknet"], ["pairwise_hinge", "pointwise_bce"]], ids="+".join)
 def test_the_loss_of_a_validation_is_a_mean_over_the_collection(model, tmp_path, losses):
     rows = [*UNEVEN, {"query": "alike", "documents": ["a", "b"], "labels": [1, 1]}]
