@@ -100,6 +100,7 @@ def rerank(
 )
 def train(context: typer.Context) -> None:
     """Pass the arguments on to `modeling_querit.training.train`."""
+    console.quiet_progress_bars()
     from .training.train import main as run_training
 
     run_training(context.args)
@@ -224,6 +225,7 @@ def release(
     AutoModel and CrossEncoder load it in a fresh process without this package, and must give its reference scores. What
     was uploaded is downloaded again and compared.
     """
+    console.quiet_libraries()
     from .release.hub import Destination
     from .release.release import release_folder
 

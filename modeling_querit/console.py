@@ -60,7 +60,18 @@ def say(text: str, is_error: bool = False) -> None:
 
 def say_error(error: object) -> None:
     """Print an error as one line on standard error."""
-    say(f"querit: {one_line(error)}", is_error=True)
+    say(f"querit: {one_line(_described(error))}", is_error=True)
+
+
+def _described(error: object) -> object:
+    """What the operating system refused, as a sentence that begins with the file; any other error as it is."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return error
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename} does not exist: check the path."
+    if isinstance(error, PermissionError):
+        return f"{error.filename} may not be read or written by this user: change its permissions, or name another."
+    return f"{error.filename}: {error.strerror}."
 
 
 def end_with_error(error: object) -> int:
@@ -148,13 +159,25 @@ def _is_closed(stream: Any) -> bool:
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream, which is None where the process was started without it, is a terminal."""
+    return stream is not None and stream.isatty()
+
+
+def quiet_progress_bars() -> None:
+    """Hide transformers' progress bars for loading and saving, which last a moment."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
 def quiet_libraries() -> None:
     """Hide the libraries' progress bars, deprecations and start-up messages."""
     warnings.simplefilter("ignore", FutureWarning)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_progress_bars()
 
 
 def quiet_imports() -> None:

@@ -1,7 +1,9 @@
+import errno
 import io
 import json
 import logging
 import math
+import os
 import sys
 import unicodedata
 
@@ -129,6 +131,19 @@ def test_a_long_message_keeps_its_beginning_and_its_end(capsys):
     assert line.endswith("xxx ': choose mini.")
     assert len(line) < 300
     assert console.one_line("short\n and\tplain") == "short and plain"
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.ENOENT, "rows.jsonl does not exist: check the path."),
+        (errno.EACCES, "rows.jsonl may not be read or written by this user: change its permissions, or name another."),
+        (errno.EISDIR, f"rows.jsonl: {os.strerror(errno.EISDIR)}."),
+    ],
+)
+def test_errors_of_the_operating_system_begin_with_the_file(capsys, code, advice):
+    console.say_error(OSError(code, os.strerror(code), "rows.jsonl"))
+    assert capsys.readouterr().err == f"querit: {advice}\n"
 
 
 def test_logs_hold_no_control_characters(caplog):

@@ -309,9 +309,14 @@ def construct(
 
 
 def first_error(error: ValidationError) -> str:
-    """Return the first of pydantic's errors, as a sentence that names the setting."""
-    first = error.errors()[0]
+    """Return the first of pydantic's errors, as a sentence: misspelt settings come before missing ones."""
+    errors = error.errors()
+    first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
     where = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return f"{where} is not a setting; see docs/adapt.md."
+    if first["type"] == "missing":
+        return f"{where} is missing: add it."
     return f"{where}: {first['msg']}."
 
 

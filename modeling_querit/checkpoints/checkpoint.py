@@ -29,7 +29,7 @@ from ..files import atomic_folder
 from ..modeling_querit import QueritForSequenceRanking
 from ..validation_querit import CONFIG_FILE, read_json_object
 from .adapters import ADAPTER_CONFIG, apply_adapter, base_model_of
-from .loading import check_head, is_reranker, load_for_training
+from .loading import check_head, check_local_path, is_reranker, load_for_training, unreachable
 from .mini import ADAPTER, BASE_NAME, MINI_NAME, default_model_path
 from .safetensors_io import LazyTensor, StoredTensor, open_weights, parse_dtype
 
@@ -156,6 +156,7 @@ def resolve_folder(name: str) -> Path:
     """
     if name == MINI_NAME:
         return default_model_path()
+    check_local_path(name)
     folder = Path(name)
     if folder.is_dir():
         if not any((folder / config).exists() for config in ("config.json", ADAPTER_CONFIG)):
@@ -173,7 +174,7 @@ def resolve_folder(name: str) -> Path:
     except RevisionNotFoundError as error:
         raise OSError(f"{repository} has no revision {revision}: name a branch, a tag or a commit.") from error
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise OSError(f"{name} is not a folder, and not a repository that could be reached: {error}") from error
+        raise unreachable(name, error) from error
     except HTTPError as error:
         raise ConnectionError(
             f"The download of {name} failed ({error}): run the same command again, and it resumes."

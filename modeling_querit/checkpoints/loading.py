@@ -48,6 +48,7 @@ def load_model(
         ValueError: if the checkpoint lacks a weight, its tokenizer is broken, or its head is untrained.
         ModuleNotFoundError: if `int8` is set and torchao is not installed.
     """
+    check_local_path(str(name))
     path = default_model_path() if name == MINI_NAME else name
     quantization_config = int8_config() if int8 else None
     try:
@@ -55,7 +56,7 @@ def load_model(
     except OSError as error:
         if Path(path).is_dir():
             raise
-        raise OSError(f"{path} is not a folder, and not a repository that could be reached: {error}") from error
+        raise unreachable(str(path), error) from error
     _ = model.processor
     if not may_be_untrained:
         check_head(model.score.weight, str(name))
@@ -154,6 +155,12 @@ def check_local_path(name: str) -> None:
         raise FileNotFoundError(f"There is no folder {name}.")
 
 
+def unreachable(name: str, error: Exception) -> OSError:
+    """The error for a model that is neither a folder nor a repository that could be read, with the reason in a line."""
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return OSError(f"{name} is not a folder, and not a repository that could be reached: {reason}")
+
+
 def check_available(name: str) -> None:
     """Check that a model can be had, without loading it: that its folder, package or repository is there.
 
@@ -174,5 +181,4 @@ def check_available(name: str) -> None:
         # Some models of sentence-transformers have their config elsewhere.
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise OSError(f"{name} is not a folder, and not a repository that could be reached: {reason}") from error
+        raise unreachable(name, error) from error

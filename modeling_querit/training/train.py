@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from ..checkpoints.loading import check_for_training, load_for_training
+from ..console import is_terminal, say
 from ..files import explain_full_disk
 from ..modeling_querit import QueritForSequenceRanking
 from ..processing_querit import QueritProcessor
@@ -38,7 +40,16 @@ _LORA_TARGETS = [
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as a command line or a YAML file says; see `querit train --help`."""
-    disconnect(train(parse(argv or [])).accelerator)
+    settings = parse(argv or [])
+    if not is_terminal(sys.stderr):
+        # A bar redraws itself, which fills a log; without one, the trainer prints its log lines.
+        settings.training_args.disable_tqdm = True
+    trainer = train(settings)
+    is_main, accelerator = trainer.is_world_process_zero(), trainer.accelerator
+    del trainer
+    disconnect(accelerator)
+    if is_main:
+        say(f"Wrote {Path(settings.training_args.output_dir) / MODEL_FOLDER}")
 
 
 def disconnect(accelerator: Accelerator) -> None:

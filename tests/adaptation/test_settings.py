@@ -9,7 +9,7 @@ from modeling_querit.checkpoints.mini import MINI_NAME
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"corpus": {"sampel": 3}}, r"corpus.sampel: Extra inputs"),
+        ({"corpus": {"sampel": 3}}, r"corpus.sampel is not a setting"),
         ({"corpus": {"sample": 0}}, r"corpus.sample: Input should be greater"),
         ({"corpus": {"source": ""}}, r"corpus.source is empty: give a value"),
         ({"corpus": {"source": []}}, r"corpus.source: List should have at least 1"),
@@ -31,6 +31,16 @@ def test_invalid_settings_are_named(tmp_path, section, message):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(make_values(tmp_path, "model", **section)))
     with pytest.raises(ValueError, match=message):
+        AdaptSettings.load(config)
+
+
+def test_a_misspelt_section_is_named_before_what_is_missing(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("corpos:\n  source: x\n")
+    with pytest.raises(ValueError, match=r"config.yaml: corpos is not a setting; see docs/adapt.md"):
+        AdaptSettings.load(config)
+    config.write_text("corpus:\n  source: x\n")
+    with pytest.raises(ValueError, match=r"config.yaml: output_dir is missing: add it"):
         AdaptSettings.load(config)
 
 
