@@ -105,6 +105,7 @@ def read_terms(folder: Path) -> Terms:
     base_models = [name for name in _as_list(data.get("base_model")) if _repository_of(str(name))]
     if base_models:
         known["base_model"] = base_models[0] if len(base_models) == 1 else base_models
+        known.setdefault("base_model_relation", "finetune")
     else:
         known.pop("base_model_relation", None)
     paths = sorted(path for path in folder.iterdir() if path.name.startswith(("LICENSE", NOTICE_FILE)))
@@ -149,11 +150,11 @@ def _numbered(name: str, number: int) -> str:
 # Cards that are generated
 
 
-def converted_card(name: str, terms: Terms) -> str:
-    """Write the stub for a model in another layout, with what its source passes on.
+def stub_card(name: str, terms: Terms) -> str:
+    """Write a card stub with what the model was made from passes on, for a conversion or a training.
 
     Args:
-        name: Name of the converted model.
+        name: Name of the model.
         terms: What its source passes on.
     """
     text = CARD_STUB.split("---\n", 2)[2]

@@ -7,7 +7,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from modeling_querit.cards import Terms, combine_terms, converted_card, merged_card, read_terms, seq_cls_card
+from modeling_querit.cards import Terms, combine_terms, merged_card, read_terms, seq_cls_card, stub_card
 from modeling_querit.merging.recipe import Recipe
 
 TAGS = ["reranker", "cross-encoder", "sentence-transformers", "querit"]
@@ -164,7 +164,7 @@ def test_licence_languages_base_model_and_notice_are_passed_on(tmp_path):
     folder = write_model(tmp_path / "model", front_matter, NOTICE="Gemma is provided under its terms.", LICENSE="text")
     terms = read_terms(folder)
     for card in (
-        converted_card("new", terms),
+        stub_card("new", terms),
         merged_card("new", recipe("./a", "./b"), terms),
         seq_cls_card("new", "Gemma3ForSequenceClassification", "mini", 0.0, terms),
     ):

@@ -148,6 +148,21 @@ def open_base(name: str, temporary: Path) -> Checkpoint:
     return open_checkpoint(str(folder), temporary)
 
 
+def terms_of(name: str) -> Terms:
+    """Read what a model passes on to one that is trained from it; a repository is its base model.
+
+    Raises:
+        OSError: as in `resolve_folder`.
+    """
+    if name == BASE_NAME:
+        return read_terms(ADAPTER)
+    terms = read_terms(resolve_folder(name))
+    if name == MINI_NAME or Path(name).is_dir():
+        return terms
+    base_model = {"base_model": name.partition("@")[0], "base_model_relation": "finetune"}
+    return Terms({**terms.data, **base_model}, terms.files)
+
+
 def resolve_folder(name: str) -> Path:
     """Find the folder of a model: the mini's, the folder itself, or the download of a repository.
 

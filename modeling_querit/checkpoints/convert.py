@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from ..cards import Terms, converted_card, seq_cls_card
+from ..cards import Terms, seq_cls_card, stub_card
 from ..configuration_querit import ACTIVATION
 from ..files import atomic_folder, check_destination, scratch_folder
 from ..processing_querit import QueritProcessor
@@ -153,7 +153,7 @@ def _write_querit(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | Non
 def _write_terms(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a card with what the checkpoint passes on, and its licence and notice files, if there is any of them."""
     if checkpoint.terms != Terms():
-        (folder / "README.md").write_text(converted_card(folder.name, checkpoint.terms), encoding="utf-8")
+        (folder / "README.md").write_text(stub_card(folder.name, checkpoint.terms), encoding="utf-8")
         checkpoint.terms.write(folder)
 
 

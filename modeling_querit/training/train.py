@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, set_seed
 
+from ..cards import Terms, stub_card
+from ..checkpoints.checkpoint import terms_of
 from ..checkpoints.loading import check_for_training, load_for_training
 from ..console import is_terminal, say
 from ..files import explain_full_disk
@@ -170,8 +172,18 @@ def _save(trainer: QueritTrainer, processor: QueritProcessor, model_args: ModelA
             trained.save_pretrained(output_dir / ADAPTER_FOLDER)
             trained = trained.merge_and_unload()
         trained.processor = processor
+        _write_terms(model_args.model, output_dir / MODEL_FOLDER)
         trained.save_pretrained(output_dir / MODEL_FOLDER)
     trainer.accelerator.wait_for_everyone()
+
+
+def _write_terms(model: str, folder: Path) -> None:
+    """Write a card with the licence and notices of the model that was trained, as its terms want them passed on."""
+    terms = terms_of(model)
+    if terms != Terms():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(stub_card(folder.name, terms), encoding="utf-8")
+        terms.write(folder)
 
 
 def _unsharded(model_args: ModelArguments, weights: dict[str, torch.Tensor]) -> QueritForSequenceRanking | PeftModel:

@@ -1,6 +1,7 @@
 """`querit train` from start to end, on tiny models."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 from small_runs import as_flags, make_settings
 
 from modeling_querit import QueritForSequenceRanking
+from modeling_querit.cards import read_terms
 from modeling_querit.files import write_jsonl
 from modeling_querit.training.train import main, train
 
@@ -46,6 +48,24 @@ def test_the_command_trains_all_weights_and_writes_its_record(saved_folder, rows
     assert record["settings"]["model"] == str(saved_folder)
     assert record["settings"]["max_steps"] == 2
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_terms_of_the_base_are_passed_on(saved_folder, rows, tmp_path, capsys):
+    shutil.copytree(saved_folder, tmp_path / "base")
+    card = "---\nlicense: gemma\nlanguage: de\nbase_model: google/gemma-3-270m\n---\nA model.\n"
+    (tmp_path / "base" / "README.md").write_text(card)
+    (tmp_path / "base" / "NOTICE").write_text("Gemma is provided under its terms.\n")
+    main(as_flags(tmp_path / "out", model=tmp_path / "base", train=rows))
+    assert capsys.readouterr().out.endswith(f"Wrote {tmp_path / 'out' / 'model'}\n")
+    written = read_terms(tmp_path / "out" / "model")
+    assert written.data == {
+        "license": "gemma",
+        "language": "de",
+        "base_model": "google/gemma-3-270m",
+        "base_model_relation": "finetune",
+    }
+    assert written.files == {"NOTICE": "Gemma is provided under its terms.\n"}
 
 
 @pytest.mark.slow
