@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
 # Status of requests whose client has gone, as nginx counts them; it is never sent.
 CLIENT_GONE = 499
-# For how long, and how much of it, a refused body is still read and dropped: whoever is still sending would otherwise find
+# How long, and how much of it, a refused body is still read and dropped: whoever is still sending would otherwise find
 # the connection reset, and no answer.
 _DROP_SECONDS = 5.0
 _DROP_FACTOR = 8

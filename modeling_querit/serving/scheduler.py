@@ -1,9 +1,9 @@
 """One thread that scores what all requests ask for, together, a forward pass at a time.
 
-Jobs are served by earliest deadline, on a clock that counts computed tokens: a job of T tokens that arrives at time C has
-the deadline C + 4 T. So a short request overtakes long ones that came a while before it, but only for a bounded time:
-whatever arrives later than 4 T tokens of work comes after. A step takes pairs from as many jobs as fit into one forward
-pass, and a job is answered at the end of the step that scores its last pair.
+Jobs are served by earliest deadline, on a clock that counts computed tokens: a job of T tokens that arrives at time C
+has the deadline C + 4 T. So a short request overtakes long ones that came a while before it, but only for a bounded
+time: whatever arrives later than 4 T tokens of work comes after. A step takes pairs from as many jobs as fit into one
+forward pass, and a job is answered at the end of the step that scores its last pair.
 """
 
 from __future__ import annotations
