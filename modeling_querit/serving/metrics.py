@@ -28,6 +28,9 @@ class Metrics:
         self.requests = Counter(
             "querit_requests", "Requests by route and status.", ["route", "status"], registry=self._registry
         )
+        self.open_requests = Gauge(
+            "querit_open_requests", "Requests that have not been answered.", registry=self._registry
+        )
         self.request_seconds = Histogram(
             "querit_request_seconds",
             "Time from a request's arrival to the end of its answer.",

@@ -60,7 +60,8 @@ class Gate:
             await send(message)
 
         try:
-            await self._serve(scope, receive, send_and_note)
+            with self._metrics.open_requests.track_inprogress():
+                await self._serve(scope, receive, send_and_note)
         finally:
             path = scope["path"]
             route = path if path in self._routes else "other"
