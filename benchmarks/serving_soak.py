@@ -34,7 +34,7 @@ from benchmarks.shapes import build_folder
 from benchmarks.workloads import make_documents, words_of
 from modeling_querit import QueritForSequenceRanking, console, files
 
-QUERIES, DOCUMENTS, LARGEST = 20, 200, 40
+QUERIES, LARGEST = 20, 40
 TOLERANCE = 1e-5
 # Growth of the resident memory from a fifth of the requests to the end, in MB, that is still flat.
 FLAT_MB = 32
@@ -59,13 +59,13 @@ class Texts:
     scores: list[list[float]]
 
     @classmethod
-    def make(cls, model: QueritForSequenceRanking, seed: int) -> Texts:
+    def make(cls, model: QueritForSequenceRanking, documents: int, seed: int) -> Texts:
         """Draw texts and score all pairs by `predict`."""
         rng, words = random.Random(seed), words_of(model.processor.tokenizer)
         queries = [" ".join(rng.choices(words, k=rng.randint(2, 12))) for _ in range(QUERIES)]
-        documents = list(make_documents(words, rng, DOCUMENTS, median=40, sigma=0.6))
-        scores = model.predict([(query, document) for query in queries for document in documents])
-        return cls(queries, documents, scores.view(QUERIES, DOCUMENTS).tolist())
+        texts = list(make_documents(words, rng, documents, median=40, sigma=0.6))
+        scores = model.predict([(query, text) for query in queries for text in texts])
+        return cls(queries, texts, scores.view(QUERIES, documents).tolist())
 
 
 @dataclass
@@ -85,9 +85,10 @@ class Draw:
     documents: list[int]
 
     @classmethod
-    def make(cls, rng: random.Random, count: int | None = None) -> Draw:
+    def make(cls, texts: Texts, rng: random.Random, count: int | None = None) -> Draw:
         """Draw a request of `count` documents, by default 1 to 40."""
-        return cls(rng.randrange(QUERIES), rng.choices(range(DOCUMENTS), k=count or rng.randint(1, LARGEST)))
+        numbers = range(len(texts.documents))
+        return cls(rng.randrange(QUERIES), rng.choices(numbers, k=count or rng.randint(1, LARGEST)))
 
     def body(self, texts: Texts) -> dict[str, Any]:
         """The request's body."""
@@ -106,7 +107,7 @@ class Draw:
 async def soak(server: Server, texts: Texts, requests: int, connections: int, seed: int) -> Tally:
     """Send the requests of the first part."""
     tally, rng = Tally(), random.Random(seed)
-    plans = iter([(rng.random(), rng.choice(BAD_BODIES), Draw.make(rng)) for _ in range(requests)])
+    plans = iter([(rng.random(), rng.choice(BAD_BODIES), Draw.make(texts, rng)) for _ in range(requests)])
 
     async def work(client: httpx.AsyncClient) -> None:
         for kind, bad_body, draw in plans:
@@ -146,7 +147,7 @@ async def _cut_off(server: Server, body: dict[str, Any], half: bool) -> None:
 async def terminate_in_the_midst(server: Server, texts: Texts, connections: int, seed: int) -> dict[str, Any]:
     """Send SIGTERM as soon as all requests have been accepted."""
     rng = random.Random(seed)
-    draws = [Draw.make(rng, LARGEST) for _ in range(connections)]
+    draws = [Draw.make(texts, rng, LARGEST) for _ in range(connections)]
     async with httpx.AsyncClient(base_url=server.address, timeout=600) as client:
         tasks = [asyncio.ensure_future(client.post("/rerank", json=draw.body(texts))) for draw in draws]
         while await _accepted(client) < len(draws):
@@ -181,7 +182,7 @@ async def kill_in_the_midst(
 ) -> tuple[dict[str, Any], Server]:
     """Kill the server after a quarter of the answers and start it again, while clients try until they are answered."""
     rng = random.Random(seed)
-    draws = [Draw.make(rng) for _ in range(4 * connections)]
+    draws = [Draw.make(texts, rng) for _ in range(4 * connections)]
     waiting = iter(draws)
     answered, retries, worst = 0, 0, 0.0
     is_time = asyncio.Event()
@@ -224,7 +225,7 @@ def _folder(model: str | None) -> Iterator[Path]:
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run the three parts."""
-    texts = Texts.make(QueritForSequenceRanking.from_pretrained(folder), args.seed)
+    texts = Texts.make(QueritForSequenceRanking.from_pretrained(folder), args.documents, args.seed)
     port = http_load.free_port()
     options = ("--cache-mb", str(args.cache_mb), "--max-body-mb", "2")
     command = http_load.querit_serve(str(folder), port, *options)
@@ -268,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a folder in float32; by default a tiny one with random weights")
     parser.add_argument("--requests", type=int, default=5000, help="requests of the first part")
+    parser.add_argument("--documents", type=int, default=200, help="different documents that requests are made of")
     parser.add_argument("--connections", type=int, default=32, help="connections of the clients")
     parser.add_argument("--cache-mb", type=int, default=0, help="size of the server's cache")
     parser.add_argument("--seed", type=int, default=0, help="seed of texts and requests")
