@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 QUERY ?= wie entferne ich ein Paket samt Konfiguration
 DOCS ?= examples/linux_howto.jsonl
+MODEL ?= mini
 PYTEST = -m pytest --numprocesses auto --dist worksteal --fail-on-skip
 
-.PHONY: rerank check test test-oldest lint types spelling format clean
-export QUERY DOCS
+.PHONY: rerank serve check test test-oldest lint types spelling format clean
+export QUERY DOCS MODEL
 
 rerank: $(VENV)/.installed
 	@$(BIN)/querit rerank --query "$$QUERY" "$$DOCS"
+
+# Then open http://127.0.0.1:8000.
+serve: $(VENV)/.installed
+	@$(BIN)/querit serve "$$MODEL"
 
 # What to run before every commit, about a minute: everything but the slow tests.
 check: lint types spelling

@@ -60,8 +60,10 @@ class _Request(BaseModel):
 class RerankRequest(_Request):
     """A query, and documents to put in order: `documents` as Jina, Cohere and vLLM name them, `texts` as TEI does."""
 
-    query: str
-    documents: list[AnyDocument] | None = Field(None, min_length=1)
+    query: str = Field(description="The query.")
+    documents: list[AnyDocument] | None = Field(
+        None, min_length=1, description="Texts, or objects with a 'text' and perhaps a 'title', which come back whole."
+    )
     texts: list[AnyDocument] | None = Field(None, min_length=1, description="The documents, for an answer as TEI's.")
     top_n: StrictInt | None = Field(None, ge=1, description="Number of documents to return; all by default.")
     return_documents: StrictBool | None = Field(

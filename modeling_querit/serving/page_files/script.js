@@ -8,15 +8,14 @@ const MAX_PASSAGES = 48;
 // Characters before the best passage in a text that is not open.
 const CONTEXT = 60;
 const EXAMPLE = {
-  query: "Why do leaves change colour in autumn?",
+  query: "how do I find a word in all files of a folder",
   documents: [
-    "Maple syrup is made from the sap of maple trees, which is collected in late winter. It takes about forty litres of sap to make one litre of syrup.",
-    "As the days grow shorter, trees stop making chlorophyll. The green fades, and the yellow and orange pigments that were there all summer can be seen. Red comes from anthocyanins, which some trees make only then.",
-    "Im Herbst bauen Bäume das Chlorophyll ab und lagern seine Bestandteile in den Ästen. Zurück bleiben Carotinoide, die das Laub gelb und orange färben.",
-    "Autumn is the season between summer and winter. In North America it is also called fall.",
-    "Leaf blowers were invented in the 1950s. They are loud, and some cities have banned them.",
-    "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen. It takes place in the chloroplasts of leaves.",
-    "Chameleons change colour to regulate their temperature and to signal to one another.",
+    "ls -l shows sizes and owners. It sorts by name unless told otherwise.",
+    "To count the words of a file, use wc -w. Other options count its lines and bytes.",
+    "grep searches files for lines that match a pattern. To search all files of a folder, call grep -r word folder.",
+    "A word processor is a program for writing letters.",
+    "find looks for files by their name, size or age. It does not read what is in them.",
+    "Mit grep -r sucht man ein Wort in allen Dateien eines Ordners. Die Option -i beachtet Groß- und Kleinschreibung nicht.",
   ],
 };
 
