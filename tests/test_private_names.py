@@ -72,7 +72,12 @@ def defined_here():
     for _, tree in trees():
         for node in ast.walk(tree):
             match node:
-                case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+                case (
+                    ast.FunctionDef(name=name)
+                    | ast.AsyncFunctionDef(name=name)
+                    | ast.ClassDef(name=name)
+                    | ast.arg(arg=name)
+                ):
                     names.add(name)
                 case (
                     ast.Name(id=name, ctx=ast.Store())

@@ -134,8 +134,8 @@ def test_the_version_stands_in_one_place():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["py.typed", "checkpoints/mini/adapter_config.json"])
-def test_files_beside_the_code_are_packaged(name, tmp_path):
+def test_files_beside_the_code_are_packaged(tmp_path):
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert (tmp_path / "lib" / "modeling_querit" / name).is_file()
+    for name in ("py.typed", "checkpoints/mini/adapter_config.json", "serving/page_files/index.html"):
+        assert (tmp_path / "lib" / "modeling_querit" / name).is_file()

@@ -22,6 +22,7 @@ def test_percentiles():
     assert http_load.percentiles([float(number) for number in range(101)]) == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
 
 
+@pytest.mark.slow
 def test_latencies_count_from_the_arrival():
     """A server that takes 0.1 s for a request, and one connection for three requests that arrive at once."""
 

@@ -118,6 +118,7 @@ def test_what_is_wrong_is_said_in_a_sentence(client, content, status, words):
     assert error["code"] == status
 
 
+@pytest.mark.slow
 def test_limits(served_model, serve):
     with serve(served_model, max_documents=2, max_chars=30) as address:
         response = httpx.post(address + "/rerank", json={"query": "q", "documents": ["a"] * 3})
@@ -140,6 +141,7 @@ fields = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @given(
     path=st.sampled_from([*RERANK, "/score"]),
     sent=st.dictionaries(fields, json_values, max_size=3),
@@ -154,6 +156,7 @@ def test_nothing_that_is_sent_is_a_fault_of_the_server(client, path, sent, is_va
         assert response.json()["error"]["message"].endswith(".")
 
 
+@pytest.mark.slow
 def test_the_client_of_cohere(address, ranking):
     cohere = pytest.importorskip("cohere")
     client = cohere.ClientV2("any-key", base_url=address)
