@@ -81,9 +81,10 @@ class Engine:
         """
         options = options._replace(max_length=min(options.max_length or self.max_length, self.max_length))
         loop = asyncio.get_running_loop()
-        job, keys = await loop.run_in_executor(self._tokenizing, self._prepare, pairs, options, may_cut)
         try:
-            self._scheduler.submit(job)
+            with self._scheduler.room(len(pairs)):
+                job, keys = await loop.run_in_executor(self._tokenizing, self._prepare, pairs, options, may_cut)
+                self._scheduler.submit(job)
         except QueueFullError as error:
             seconds = min(max(1, round(error.seconds)), _LONGEST_RETRY_SECONDS)
             message = f"The queue is full: try again in {seconds} s."

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
 # Status of requests whose client has gone, as nginx counts them; it is never sent.
 CLIENT_GONE = 499
+# Time for a body to arrive, in seconds.
+_BODY_SECONDS = 60.0
 # How long, and how much of it, a refused body is still read and dropped: whoever is still sending would otherwise find
 # the connection reset, and no answer.
 _DROP_SECONDS = 5.0
@@ -92,18 +94,23 @@ class Gate:
         Raises:
             BodyTooLargeError: as soon as more has come than is allowed.
             ClientDisconnect: if the client goes away.
+            RequestError: if it takes too long.
         """
         parts: list[bytes] = []
         size, is_complete = 0, False
-        while not is_complete:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            is_complete = not message.get("more_body", False)
-            if size > self._max_bytes:
-                raise BodyTooLargeError
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                while not is_complete:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnect
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    is_complete = not message.get("more_body", False)
+                    if size > self._max_bytes:
+                        raise BodyTooLargeError
+        except TimeoutError:
+            raise RequestError(408, f"The body did not come within {_BODY_SECONDS:.0f} s: send it again.") from None
         waiting: list[Message] = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
 
         async def receive_again() -> Message:

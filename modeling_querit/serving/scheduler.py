@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from ..processing_querit import Pair
 from .jobs import Job, Options, Slice
@@ -57,6 +58,7 @@ class Scheduler:
         self._jobs: list[Job] = []
         self._changed = threading.Condition()
         self._closing = False
+        self._reserved = 0
         self._clock = 0
         self._tokens_per_second = 0.0
         self._thread = threading.Thread(target=self._run, name="querit-scoring", daemon=True)
@@ -79,15 +81,32 @@ class Scheduler:
         return self._thread.is_alive() and not self._closing
 
     def waiting_pairs(self) -> int:
-        """Number of pairs that wait for a step."""
+        """Number of pairs that wait for a step, or are on their way to the queue."""
         with self._changed:
             return self._waiting_pairs()
+
+    @contextmanager
+    def room(self, pairs: int) -> Iterator[None]:
+        """Reserve room for the pairs of a job, which is made and submitted in this block.
+
+        Raises:
+            QueueFullError: if they are too many; whoever finds an empty queue always gets room.
+        """
+        with self._changed:
+            waiting = self._waiting_pairs()
+            if waiting and waiting + pairs > self._max_queue:
+                raise QueueFullError(self._seconds_to_go())
+            self._reserved += pairs
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reserved -= pairs
 
     def submit(self, job: Job) -> None:
         """Queue a job, whose future then holds its scores.
 
         Raises:
-            QueueFullError: if its pairs would be too many; a job that finds an empty queue is always accepted.
             RuntimeError: if the scheduler does not run.
         """
         if job.is_complete:
@@ -96,15 +115,12 @@ class Scheduler:
         with self._changed:
             if not self.is_running:
                 raise RuntimeError("The scheduler does not run.")
-            waiting = self._waiting_pairs()
-            if waiting and waiting + job.waiting > self._max_queue:
-                raise QueueFullError(self._seconds_to_go())
             job.deadline = self._clock + _PATIENCE * job.work
             self._jobs.append(job)
             self._changed.notify()
 
     def _waiting_pairs(self) -> int:
-        return sum(job.waiting for job in self._jobs if not job.future.cancelled())
+        return self._reserved + sum(job.waiting for job in self._jobs if not job.future.cancelled())
 
     def _seconds_to_go(self) -> float:
         tokens = sum(job.work for job in self._jobs)

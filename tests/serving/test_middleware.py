@@ -10,6 +10,7 @@ import httpx
 import pytest
 import tiny
 
+from modeling_querit.serving import middleware
 from modeling_querit.serving.app import create_app
 from modeling_querit.serving.engine import Engine
 from modeling_querit.serving.metrics import Metrics
@@ -64,7 +65,9 @@ def test_a_large_body_is_refused_before_it_is_read(small):
             f"POST /rerank HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
         )
         connection.sendall(f"{head}Content-Length: 50000000\r\n\r\n".encode())
-        answer = connection.recv(10_000)
+        answer = b""
+        while b"}}" not in answer:
+            answer += connection.recv(10_000)
     assert answer.startswith(b"HTTP/1.1 413")
     assert b"larger than 1 MB" in answer
 
@@ -102,6 +105,15 @@ def test_a_client_that_leaves_in_the_midst_of_its_body_is_counted_as_gone(small,
     while 'querit_requests_total{route="/score",status="499"} 1.0' not in guarded.get("/metrics").text:
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_a_body_that_does_not_come_is_given_up(small, monkeypatch):
+    monkeypatch.setattr(middleware, "_BODY_SECONDS", 0.1)
+    host, port = small.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        head = f"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+        assert connection.recv(10_000).startswith(b"HTTP/1.1 408")
 
 
 def test_a_fault_of_the_server_tells_nobody_a_document(served_model, caplog):

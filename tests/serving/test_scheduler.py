@@ -151,12 +151,19 @@ def test_one_job_cannot_spoil_the_others(scheduler, scoring, caplog):
 
 def test_a_full_queue_refuses_but_an_empty_one_takes_any_job(scheduler, scoring):
     busy(scheduler)
-    (large,) = submit(scheduler, make_job("large", [10] * 60))
-    with pytest.raises(QueueFullError) as error:
-        scheduler.submit(make_job("more", [10]))
+    with scheduler.room(60):
+        (large,) = submit(scheduler, make_job("large", [10] * 60))
+    with pytest.raises(QueueFullError) as error, scheduler.room(1):
+        pass
     assert error.value.seconds > 0
     scoring.release(100)
     assert len(large.result(10)) == 60
+
+
+def test_room_is_given_back(scheduler):
+    with scheduler.room(50), pytest.raises(QueueFullError), scheduler.room(1):
+        pass
+    assert scheduler.waiting_pairs() == 0
 
 
 def test_closing_scores_what_is_left(scoring):
