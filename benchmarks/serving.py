@@ -36,9 +36,6 @@ def make_bodies(
 ) -> list[dict[str, Any]]:
     """Draw requests of 1 to `largest` documents, whose median length is `median` tokens; no pair comes twice."""
     rng, words = random.Random(seed), words_of(processor.tokenizer)
-    if not words:
-        # SentencePiece writes the space before a word in another way.
-        words = sorted({token[1:] for token in processor.tokenizer.get_vocab() if token[1:].isalpha()})
     return [
         {
             "query": " ".join(rng.choices(words, k=QUERY_WORDS)),
@@ -126,11 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mini", help="mini, or a folder or repository")
-    parser.add_argument("--requests", type=int, default=128, help="requests of each round")
+    parser.add_argument("--requests", type=int, default=64, help="requests of each round")
     parser.add_argument("--documents", type=int, default=40, help="maximum number of documents of a request")
-    parser.add_argument("--tokens", type=int, default=60, help="median number of tokens of a document")
+    parser.add_argument("--tokens", type=int, default=40, help="median number of tokens of a document")
     parser.add_argument("--connections", type=int, default=32, help="connections of the clients")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each server")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of each server")
     parser.add_argument("--load", type=float, default=1.0, help="Poisson: share of the rate of our burst")
     parser.add_argument("--seed", type=int, default=0, help="seed of texts and arrivals")
     parser.add_argument("--vllm", default=os.environ.get("QUERIT_VLLM"), help="Python of an environment with vLLM")

@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from modeling_querit import QueritProcessor
 from modeling_querit.packing_querit import common_prefix
 
-# A token that is a word with the space before it, as byte-level tokenizers write it.
-_WORD = re.compile(r"Ġ[a-z]{3,}")
+# A token that is a word with the space before it, as byte-level tokenizers and SentencePiece write it.
+_WORD = re.compile(r"[Ġ▁][a-z]{3,}")
 # Projections of an attention layer to keys and values, which later tokens attend to.
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 
