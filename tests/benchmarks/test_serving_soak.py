@@ -36,9 +36,9 @@ def test_what_is_wrong_is_named(change, problem):
 @pytest.mark.slow
 def test_a_server_survives_its_clients(saved_folders, tmp_path):
     path = tmp_path / "soak.json"
-    arguments = ["--model", str(saved_folders("qwen3")), "--requests", "80", "--documents", "20", "--connections", "8"]
+    arguments = ["--model", str(saved_folders("qwen3")), "--requests", "50", "--documents", "20", "--connections", "6"]
     serving_soak.main([*arguments, "--json", str(path)])
     results = json.loads(path.read_text())
-    assert results["outcomes"]["good: 200"] > 50
+    assert results["outcomes"]["good: 200"] > 35
     assert results["sigterm"]["open"] > 0
     assert results["sigkill"]["retries"] > 0

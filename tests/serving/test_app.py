@@ -1,6 +1,8 @@
 """The routes: what the clients of Jina, Cohere, vLLM and TEI send and get, and what is refused in words."""
 
 import json
+import socket
+import time
 
 import httpx
 import pytest
@@ -116,6 +118,30 @@ def test_what_is_wrong_is_said_in_a_sentence(client, content, status, words):
     error = response.json()["error"]
     assert words in error["message"]
     assert error["code"] == status
+
+
+def metric(address, name):
+    lines = httpx.get(address + "/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(name + " "))
+
+
+@pytest.mark.slow
+def test_whoever_goes_away_is_not_scored_for(served_model, serve):
+    documents = [f"{number} {tiny.LONG_DOCUMENT}" for number in range(500)]
+    content = json.dumps({"query": tiny.QUERY, "documents": documents}).encode()
+    head = (
+        f"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    with serve(served_model) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + content)
+            while not metric(address, "querit_pairs_total"):
+                time.sleep(0.01)
+        while metric(address, "querit_queue_pairs"):
+            time.sleep(0.01)
+        assert 0 < metric(address, "querit_pairs_total") < len(documents)
+        assert httpx.post(address + "/rerank", json=body()).status_code == 200
 
 
 @pytest.mark.slow
