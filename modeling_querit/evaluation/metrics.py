@@ -1,4 +1,4 @@
-"""Ranking metrics: nDCG and MRR by pytrec_eval (trec_eval's own code), and what a random order is expected to reach."""
+"""Ranking metrics: nDCG and MRR of rankings, what a random order is expected to reach, and the Trainer's metrics."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pytrec_eval
 
-from ..retrieval.collection import Qrels
+from .measures import Qrels, mean, measure, measure_rows
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
+
+__all__ = ["expected_mrr", "expected_ndcg", "mean", "mrr", "ndcg", "ranking_metrics"]
 
 # Query id -> value of a metric in [0, 1].
 PerQuery = dict[str, float]
@@ -40,7 +41,8 @@ def ndcg(qrels: Qrels, rankings: Rankings, k: int = 10) -> PerQuery:
         {'q': 0.6309297535714575}
         ```
     """
-    return _measure(qrels, rankings, f"ndcg_cut.{k}")
+    name = f"ndcg_at_{k}"
+    return measure(qrels, rankings, [name])[name]
 
 
 def mrr(qrels: Qrels, rankings: Rankings, k: int = 10) -> PerQuery:
@@ -52,20 +54,8 @@ def mrr(qrels: Qrels, rankings: Rankings, k: int = 10) -> PerQuery:
         {'q': 0.5}
         ```
     """
-    return _measure(qrels, {query: documents[:k] for query, documents in rankings.items()}, "recip_rank")
-
-
-def _measure(qrels: Qrels, rankings: Rankings, measure: str) -> PerQuery:
-    judged = _with_relevant_documents(qrels)
-    run = {}
-    for query, documents in rankings.items():
-        if len(set(documents)) != len(documents):
-            raise ValueError(f"The ranking of query {query!r} has a document twice.")
-        if query in judged:
-            run[query] = {document: float(-rank) for rank, document in enumerate(documents)}
-    measured = pytrec_eval.RelevanceEvaluator(judged, {measure}).evaluate(run)
-    # trec_eval leaves out a query whose ranking is empty: its value is 0.
-    return {query: measured.get(query, {}).get(measure.replace(".", "_"), 0.0) for query in run}
+    name = f"mrr_at_{k}"
+    return measure(qrels, rankings, [name])[name]
 
 
 def expected_ndcg(qrels: Qrels, candidates: Rankings, k: int = 10) -> PerQuery:
@@ -120,29 +110,20 @@ def ranking_metrics(predictions: EvalPrediction) -> dict[str, float]:
     """`compute_metrics` of `QueritTrainer`: nDCG@10 and MRR@10, means over the queries with a label above 0.
 
     Args:
-        predictions: Scores and labels, both (queries, documents), padded with -100. Continuous labels are rounded to
-            four decimals or, if one is above 100, to 1e-6 of the highest. A document with label NaN is not judged, so
-            not relevant. Documents with equal scores are ordered least relevant first: a constant model gets no credit.
+        predictions: Scores and labels, both (queries, documents), padded with -100. Labels may be soft; ties count
+            against the model (see `measure_rows`). A document with label NaN is not judged, so not relevant.
 
     Returns:
         `ndcg_at_10` and `mrr_at_10` in [0, 1], or nothing if no query has a label above 0. MRR says little about soft
         labels, most of which are above 0.
+
+    Raises:
+        ValueError: if a score is NaN or infinite.
     """
-    qrels, rankings = {}, {}
-    # trec_eval allocates memory for every grade up to the highest.
-    scale = min(10_000, 1_000_000 / max(float(np.nanmax(predictions.label_ids, initial=0)), 1e-9))
-    for number, (scores, labels) in enumerate(zip(predictions.predictions, predictions.label_ids, strict=True)):
-        # Scores are in [-1, 1]: what is below is padding.
-        columns = [column for column in range(len(scores)) if scores[column] > -2]
-        # trec_eval wants whole grades; their unit does not matter to either metric.
-        grades = {column: round(float(labels[column]) * scale) for column in columns if labels[column] > 0}
-        ranking = sorted(columns, key=lambda column: (-scores[column], grades.get(column, 0)))
-        qrels[str(number)] = {str(column): grade for column, grade in grades.items()}
-        rankings[str(number)] = [str(column) for column in ranking]
-    per_query = {"ndcg_at_10": ndcg(qrels, rankings), "mrr_at_10": mrr(qrels, rankings)}
+    scores, labels = np.asarray(predictions.predictions), np.nan_to_num(np.asarray(predictions.label_ids))
+    # Scores are in [-1, 1]: what is below is padding.
+    rows, columns = np.nonzero(~(scores <= -2))
+    per_query = measure_rows(
+        scores[rows, columns].tolist(), labels[rows, columns].tolist(), map(str, rows), ("ndcg_at_10", "mrr_at_10")
+    )
     return {name: mean(values) for name, values in per_query.items() if values}
-
-
-def mean(values: Mapping[str, float]) -> float:
-    """Return the mean over queries, or NaN if there are none."""
-    return sum(values.values()) / len(values) if values else float("nan")
