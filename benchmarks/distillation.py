@@ -24,10 +24,9 @@ from modeling_querit.checkpoints.mini import BASE_NAME
 from modeling_querit.evaluation.evaluate import (
     BEST_ORDER,
     FIRST_STAGE,
-    answerable_queries,
     evaluate_scores,
-    first_stage_candidates,
 )
+from modeling_querit.evaluation.first_stages import answerable_queries, first_stage_candidates
 from modeling_querit.files import write_json, write_jsonl
 from modeling_querit.retrieval.bm25 import BM25
 from modeling_querit.retrieval.collection import Source

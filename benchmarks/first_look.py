@@ -23,10 +23,9 @@ from modeling_querit.evaluation.evaluate import (
     FIRST_STAGE,
     RANDOM,
     evaluate,
-    first_stage_candidates,
     fused,
-    sample_queries,
 )
+from modeling_querit.evaluation.first_stages import first_stage_candidates, sample_queries
 from modeling_querit.files import write_json
 from modeling_querit.retrieval.bm25 import BM25
 from modeling_querit.retrieval.collection import Collection, Source

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .checkpoints.backbone import from_backbone
     from .checkpoints.mini import default_model_path
     from .configuration_querit import QueritConfig
+    from .evaluation.evaluate import evaluate
     from .modeling_querit import QueritForSequenceClassification, QueritForSequenceRanking, QueritOutput
     from .processing_querit import EncodedPair, QueritProcessor
     from .ranking_querit import RankedDocument
@@ -25,6 +26,7 @@ _MODULES = {
     "QueritProcessor": "processing_querit",
     "RankedDocument": "ranking_querit",
     "default_model_path": "checkpoints.mini",
+    "evaluate": "evaluation.evaluate",
     "from_backbone": "checkpoints.backbone",
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "QueritProcessor",
     "RankedDocument",
     "default_model_path",
+    "evaluate",
     "from_backbone",
 ]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..cache import key_of
 from ..checkpoints.mini import MINI_NAME
-from ..evaluation.evaluate import FIRST_STAGE, Candidates, answerable_queries, evaluate_scores, first_stage_candidates
+from ..evaluation.evaluate import FIRST_STAGE, evaluate_scores
+from ..evaluation.first_stages import Candidates, answerable_queries, first_stage_candidates
 from ..retrieval.collection import Collection, Source
 from ..training.calibration import Teachers
 from ..training.distillation import TEACHERS_FILE

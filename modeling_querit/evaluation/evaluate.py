@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import math
 import os
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from transformers.utils import logging
 
 from ..processing_querit import document_text
-from ..retrieval.bm25 import BM25
 from ..retrieval.collection import Collection
 from ..retrieval.sampling import Retriever
 from .comparison import bootstrap_interval, p_value
+from .first_stages import (
+    BM25_NAME,
+    Candidates,
+    check_collection,
+    find_candidates,
+    first_stage_candidates,
+    sample_queries,
+)
 from .metrics import PerQuery, expected_mrr, expected_ndcg, mean, mrr, ndcg
+from .sources import find_collection
 
-# Query id -> document id -> first-stage score, best first.
-Candidates = dict[str, dict[str, float]]
+logger = logging.get_logger(__name__)
+
 # Query id -> a score for each of its candidates, in their order; None or NaN where a pair could not be scored.
 Scores = Mapping[str, Sequence[float | None]]
 
@@ -34,6 +42,9 @@ class Reranker(Protocol):
     @property
     def predict(self) -> Callable[..., Any]:
         """Score a list of (query, document text) pairs: one number each, higher is more relevant."""
+
+
+Model = Reranker | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -98,10 +109,10 @@ class Evaluation:
 
 
 def evaluate(
-    models: Mapping[str, Reranker | str | os.PathLike[str]],
-    collection: Collection,
+    model: Model | Mapping[str, Model],
+    collection: Collection | str | os.PathLike[str],
     *,
-    first_stage: Retriever | None = None,
+    first_stage: Retriever | str = BM25_NAME,
     candidates: Candidates | None = None,
     depth: int = 100,
     limit: int | None = None,
@@ -112,9 +123,12 @@ def evaluate(
     """Measure rerankers on a collection: nDCG@10 and MRR@10 of each query, beside its first stage and its bounds.
 
     Args:
-        models: Name -> model, or the folder or repository to load it from; these are loaded one after the other.
-        collection: Documents, queries and relevance judgements.
-        first_stage: Index over the collection's documents; BM25 by default.
+        model: A reranker: "mini", a folder or repository to load it from, or an object with `predict`. Or several of
+            these by name; they are loaded one after the other. One without a name is called after its folder, or
+            `model`.
+        collection: Documents, queries and relevance judgements; or where they are: `FOLDER:SPLIT`, or
+            `ir_datasets:ID`.
+        first_stage: Index over the collection's documents, or its name, as in `find_candidates`.
         candidates: Documents to put in order, from `first_stage_candidates`, to measure on the same ones again. By
             default all that the collection lists for a query, or else the first stage's best `depth`.
         depth: Candidates per query for which the collection lists none.
@@ -124,25 +138,43 @@ def evaluate(
         show_progress_bar: Whether a bar shows the queries done; by default only on a terminal.
 
     Raises:
-        ValueError: if no query has a relevant document, a name is that of another system, or a model returns another
-            number of scores than it was given pairs.
-        OSError: if a model cannot be loaded.
+        ValueError: if no query has a relevant document, the collection holds none of these, a query has no text, a name
+            is that of another system, or a model returns another number of scores than it was given pairs.
+        OSError: if a model or the collection cannot be loaded.
 
     Example:
         ```python
-        >>> collection = Source.parse("data/scifact:test").load()
-        >>> result = evaluate({"mini": "mini"}, collection, depth=20, limit=50)
+        >>> result = evaluate("mini", "data/scifact:test", depth=20, limit=50)
         >>> result.mean("mini"), result.interval("mini"), result.p_value("mini", "first_stage")
         ```
     """
+    models = model if isinstance(model, Mapping) else {name_of(model): model}
+    if isinstance(collection, str | os.PathLike):
+        collection = find_collection(os.fspath(collection)).load()
     if candidates is None:
         queries = sample_queries(collection, limit, seed)
-        candidates = first_stage_candidates(collection, first_stage or BM25(collection.documents), queries, depth)
+        warning = check_collection(collection, queries)
+        candidates = (
+            find_candidates(collection, first_stage, queries, depth)
+            if isinstance(first_stage, str)
+            else first_stage_candidates(collection, first_stage, queries, depth)
+        )
+    else:
+        warning = check_collection(collection, list(candidates))
+    if warning:
+        logger.warning(warning)
     scores = {
-        name: score_candidates(model, collection, candidates, predict_options, show_progress_bar)
-        for name, model in models.items()
+        name: score_candidates(reranker, collection, candidates, predict_options, show_progress_bar)
+        for name, reranker in models.items()
     }
     return evaluate_scores(scores, collection, candidates, seed)
+
+
+def name_of(model: Model) -> str:
+    """Name for a table: that of a folder or repository; `model` for an object."""
+    if not isinstance(model, str | os.PathLike):
+        return "model"
+    return Path(model).resolve().name if Path(model).is_dir() else os.fspath(model)
 
 
 def evaluate_scores(
@@ -201,57 +233,6 @@ def fused(name: str) -> str:
     return f"{FIRST_STAGE} + {name}"
 
 
-def answerable_queries(collection: Collection) -> list[str]:
-    """Return the ids of the queries that have a relevant document, sorted.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    queries = sorted(query for query, grades in collection.qrels.items() if max(grades.values(), default=0) > 0)
-    if not queries:
-        raise ValueError(f"{collection.name}: no query has a relevant document, so nothing can be measured.")
-    return queries
-
-
-def sample_queries(collection: Collection, limit: int | None = None, seed: int = 0) -> list[str]:
-    """Draw at most `limit` queries that have a relevant document; return their ids, sorted; all by default.
-
-    Raises:
-        ValueError: if there are none, or `limit` is below 1.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"The limit is {limit}: measure on at least one query.")
-    queries = answerable_queries(collection)
-    return queries if limit is None else sorted(random.Random(seed).sample(queries, min(limit, len(queries))))
-
-
-def first_stage_candidates(
-    collection: Collection, first_stage: Retriever, queries: Sequence[str], depth: int
-) -> Candidates:
-    """Find the documents to rerank: all that the collection lists for a query, or else the first stage's best `depth`.
-
-    Args:
-        collection: The collection.
-        first_stage: Index over its documents, which gives listed candidates their scores and order too.
-        queries: Query ids.
-        depth: Documents per query for which none are listed.
-
-    Raises:
-        ValueError: if `depth` is below 1.
-    """
-    if depth < 1:
-        raise ValueError(f"The depth is {depth}: rerank at least one document of each query.")
-    texts = [collection.queries[query] for query in queries]
-    listed = {query: set(collection.candidates[query]) for query in queries if query in collection.candidates}
-    rankings = first_stage.search(texts, len(collection.documents) if listed else depth)
-    return {
-        query: {document: score for document, score in hits if document in listed[query]}
-        if query in listed
-        else dict(hits[:depth])
-        for query, hits in zip(queries, rankings, strict=True)
-    }
-
-
 def score_candidates(
     model: Reranker | str | os.PathLike[str],
     collection: Collection,
@@ -270,19 +251,38 @@ def score_candidates(
         show_progress_bar: Whether a bar shows the queries done; by default only on a terminal.
 
     Raises:
-        ValueError: if the model returns another number of scores than it was given pairs.
+        ValueError: if the model returns another number of scores than it was given pairs, or NaN.
     """
     reranker = _load(model) if isinstance(model, str | os.PathLike) else model
-    scores: dict[str, list[float]] = {}
     hide = None if show_progress_bar is None else not show_progress_bar
-    for query, hits in logging.tqdm(candidates.items(), desc=collection.name, unit="query", leave=False, disable=hide):
-        # Title and text as one string: not every model knows titles, and ours joins them in the same way.
-        pairs = [(collection.queries[query], document_text(collection.documents[document])) for document in hits]
-        scores[query] = [float(score) for score in reranker.predict(pairs, **(predict_options or {}))] if pairs else []
-        if len(scores[query]) != len(pairs):
-            raise ValueError(
-                f"{type(reranker).__name__} was given {len(pairs)} pairs and returned {len(scores[query])} scores."
-            )
+    return {
+        query: score_query(reranker, collection, query, list(hits), predict_options)
+        for query, hits in logging.tqdm(
+            candidates.items(), desc=collection.name, unit="query", leave=False, disable=hide
+        )
+    }
+
+
+def score_query(
+    model: Reranker,
+    collection: Collection,
+    query: str,
+    documents: Sequence[str],
+    predict_options: Mapping[str, Any] | None = None,
+) -> list[float]:
+    """Score the candidates of one query, by ids: a float for each document, in their order.
+
+    Raises:
+        ValueError: if the model returns another number of scores than it was given pairs, or NaN.
+    """
+    # Title and text as one string: not every model knows titles, and ours joins them in the same way.
+    pairs = [(collection.queries[query], document_text(collection.documents[document])) for document in documents]
+    scores = [float(score) for score in model.predict(pairs, **(predict_options or {}))] if pairs else []
+    if len(scores) != len(pairs):
+        raise ValueError(f"{type(model).__name__} was given {len(pairs)} pairs and returned {len(scores)} scores.")
+    for document, score in zip(documents, scores, strict=True):
+        if math.isnan(score):
+            raise ValueError(f"{collection.name}: the score of query {query!r} and document {document!r} is NaN.")
     return scores
 
 

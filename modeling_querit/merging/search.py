@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..checkpoints.loading import default_device, load_model
 from ..checkpoints.safetensors_io import parse_shard_size
-from ..evaluation.evaluate import Candidates, evaluate, first_stage_candidates, sample_queries
+from ..evaluation.evaluate import evaluate
+from ..evaluation.first_stages import Candidates, first_stage_candidates, sample_queries
 from ..evaluation.metrics import mean
 from ..files import atomic_folder, check_destination, scratch_folder, write_json
 from ..plotting import new_plot, save_plot

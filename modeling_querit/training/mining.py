@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from ..evaluation.evaluate import Reranker, answerable_queries, first_stage_candidates
+from ..evaluation.evaluate import Reranker
+from ..evaluation.first_stages import answerable_queries, first_stage_candidates
 from ..processing_querit import document_text
 from ..retrieval.bm25 import BM25
 from ..retrieval.collection import Collection

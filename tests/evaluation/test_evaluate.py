@@ -10,17 +10,13 @@ from modeling_querit.evaluation.evaluate import (
     MRR,
     NDCG,
     RANDOM,
-    answerable_queries,
     by_score,
     evaluate,
     evaluate_scores,
-    first_stage_candidates,
     fused,
-    sample_queries,
     score_candidates,
 )
 from modeling_querit.evaluation.metrics import mean, ndcg
-from modeling_querit.retrieval.bm25 import BM25
 from modeling_querit.retrieval.collection import Collection
 
 DOCUMENTS = {
@@ -47,38 +43,6 @@ class ShortTextsFirst:
 
 def make_collection(**options):
     return Collection("animals", DOCUMENTS, QUERIES, QRELS, **options)
-
-
-def test_answerable_queries_have_a_relevant_document():
-    assert answerable_queries(make_collection()) == ["q1", "q2"]
-
-
-@pytest.mark.parametrize("qrels", [{}, {"q1": {}}, {"q1": {"a": 0}, "q3": {"d": -1}}])
-def test_qrels_without_a_relevant_document_are_refused(qrels):
-    with pytest.raises(ValueError, match="animals: no query has a relevant document"):
-        answerable_queries(Collection("animals", DOCUMENTS, QUERIES, qrels))
-
-
-def test_a_sample_is_of_answerable_queries():
-    assert sample_queries(make_collection()) == sample_queries(make_collection(), 9) == ["q1", "q2"]
-    assert {tuple(sample_queries(make_collection(), 1, seed)) for seed in range(9)} == {("q1",), ("q2",)}
-    with pytest.raises(ValueError, match="at least one query"):
-        sample_queries(make_collection(), 0)
-
-
-def test_candidates_are_the_best_of_the_first_stage():
-    candidates = first_stage_candidates(make_collection(), BM25(DOCUMENTS), ["q2", "q1"], 2)
-    assert {query: list(hits) for query, hits in candidates.items()} == {"q2": ["c", "b"], "q1": ["a", "b"]}
-    assert list(candidates) == ["q2", "q1"]
-    assert list(candidates["q1"].items()) == BM25(DOCUMENTS).search(["fox"], 2)[0]
-    with pytest.raises(ValueError, match="at least one document"):
-        first_stage_candidates(make_collection(), BM25(DOCUMENTS), ["q1"], 0)
-
-
-def test_listed_candidates_are_used_whatever_the_depth():
-    collection = make_collection(candidates={"q1": ["d", "b", "a", "gone"]})
-    candidates = first_stage_candidates(collection, BM25(DOCUMENTS), ["q1", "q2"], 1)
-    assert {query: list(hits) for query, hits in candidates.items()} == {"q1": ["a", "b", "d"], "q2": ["c"]}
 
 
 def test_by_score_keeps_the_order_of_equals():
@@ -198,3 +162,39 @@ def test_rerankers_are_loaded_by_name(saved_folders):
     assert scores["q1"] == pytest.approx(expected.tolist(), abs=1e-6)
     rankings = {query: by_score(list(hits), scores[query]) for query, hits in result.candidates.items()}
     assert result.mean("folder") == mean(ndcg(QRELS, rankings))
+
+
+def test_a_single_model_and_a_folder_are_enough(tmp_path):
+    from modeling_querit import evaluate as public_evaluate
+
+    folder = tmp_path / "animals"
+    (folder / "qrels").mkdir(parents=True)
+    rows = [{"_id": name, **document} for name, document in DOCUMENTS.items()]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"_id": name, "text": text} for name, text in QUERIES.items()]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [f"{query}\t{document}\t{grade}\n" for query, grades in QRELS.items() for document, grade in grades.items()]
+    (folder / "qrels/test.tsv").write_text("".join(lines))
+    result = public_evaluate(ShortTextsFirst(), str(folder), first_stage="bm25", depth=2)
+    expected = evaluate({"model": ShortTextsFirst()}, make_collection(), depth=2)
+    assert result.metrics == expected.metrics
+    assert result.systems == expected.systems
+
+
+def test_judgements_of_unknown_documents_are_reported(caplog):
+    from transformers.utils import logging
+
+    qrels = {"q1": {"b": 1, "gone": 1}}
+    logging.enable_propagation()
+    evaluate(ShortTextsFirst(), Collection("animals", DOCUMENTS, QUERIES, qrels))
+    logging.disable_propagation()
+    assert "animals: 1 relevant documents, such as 'gone'" in caplog.text
+
+
+def test_nan_is_refused():
+    class Broken(ShortTextsFirst):
+        def predict(self, pairs, **options):
+            return [float("nan") for _ in pairs]
+
+    with pytest.raises(ValueError, match="animals: the score of query 'q1' and document 'a' is NaN"):
+        evaluate(Broken(), make_collection())
