@@ -44,6 +44,8 @@ PRIVATE_NAMES = {
     "transformers.Trainer._load_from_checkpoint": "experts have keys of their own on disk, which the Trainer skips",
     "transformers.Trainer._run_epoch": "a run that was killed after its last step has no step left",
     "transformers.Trainer._prepare_inputs": "move a batch to the device as the Trainer does",
+    # mteb
+    "mteb._create_dataloaders": "texts of queries exactly as mteb gives them to a model",
     # torch
     "torch._int_mm": "products of int8 matrices have no public function",
 }
