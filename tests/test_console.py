@@ -154,3 +154,12 @@ def test_logs_hold_no_control_characters(caplog):
     first, second = (record.getMessage() for record in caplog.records)
     assert first == f"{console.printable(HOSTILE)} has 3"
     assert second == "\x1b"
+
+
+def test_a_table_of_results_has_no_control_characters(capsys):
+    console.print_evaluation([("a\x1b[2Jb (2 queries)", "", "", "", ""), ("  mini", "1.00", "", "", "")], ["x\x07"])
+    out = capsys.readouterr().out
+    assert "a\\x1b[2Jb (2 queries)" in out
+    assert "mini" in out
+    assert out.endswith("x\\x07\n")
+    assert "\x1b" not in out

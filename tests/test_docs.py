@@ -41,7 +41,7 @@ REASONS = {
 # What is shown, not done.
 NO_CODE = {"text", "mermaid", "bibtex"}
 # Pages that train take longer.
-SLOW = {"adapt.md", "merge.md", "release.md", "rerank.md", "train.md"}
+SLOW = {"adapt.md", "evaluate.md", "evaluator.md", "merge.md", "mteb.md", "release.md", "rerank.md", "train.md"}
 _COMMENT = re.compile(r"<!-- (not run|file): (.+?) -->")
 
 

@@ -74,6 +74,7 @@ def test_batches_have_the_values_of_all_rows(metric):
     assert metric.compute() == metric.compute(**rows)
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused_by_name(metric):
     with pytest.raises(ValueError, match="have no ranking, such as 'r'"):
         metric.compute(qrels=QRELS, run={"q": RUN["q"]})

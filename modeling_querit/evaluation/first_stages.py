@@ -6,8 +6,12 @@ import hashlib
 import os
 import random
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from ..checkpoints.identity import identity_of
+from ..files import sha256
 from ..processing_querit import document_text
 from ..retrieval.bm25 import BM25
 from ..retrieval.collection import Collection
@@ -94,7 +98,7 @@ def first_stage_candidates(
 ) -> Candidates:
     """Find the documents to rerank: all that the collection lists for a query, or else the first stage's best `depth`.
 
-    A document that is the query itself (the same id and the same text, as in ArguAna and Quora) is no candidate.
+    A document that is the query itself (its id and its text, as in ArguAna and Quora) is no candidate.
 
     Args:
         collection: The collection.
@@ -148,7 +152,8 @@ def _blind_key(document: str) -> bytes:
 def _is_query_itself(collection: Collection, query: str, document: str) -> bool:
     if query != document:
         return False
-    return document_text(collection.documents[document]).strip() == collection.queries[query].strip()
+    text = collection.documents[document]
+    return collection.queries[query].strip() in (text["text"].strip(), document_text(text).strip())
 
 
 def find_candidates(
@@ -215,6 +220,16 @@ def check_first_stage(name: str) -> None:
             if Path(name).is_file():
                 raise ValueError(f"{name} is a file: a TREC run has a name that ends in .trec or .run.")
             check_available(name)
+
+
+def identity_of_first_stage(name: str) -> Any:
+    """Identify a first stage as JSON values: the hash of a run, the version of a package, the hashes of an encoder."""
+    if is_run(name):
+        return sha256(name)
+    from ..retrieval.dense import PACKAGES
+
+    package = PACKAGES.get(name) or ("bm25s" if name in (BM25_NAME, LISTED_NAME) else None)
+    return version(package) if package else identity_of(name)
 
 
 def _run_candidates(collection: Collection, path: str, queries: Sequence[str], depth: int) -> Candidates:

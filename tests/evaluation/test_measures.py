@@ -59,6 +59,7 @@ def slow_values(grades, scores):
     ]
 
 
+@pytest.mark.slow
 def test_200_random_runs_have_the_values_of_trec_eval_of_ir_measures_and_of_the_formulas():
     ir_measures = pytest.importorskip("ir_measures")
     parsed = [ir_measures.parse_measure(name) for name in IR_NAMES]

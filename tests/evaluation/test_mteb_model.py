@@ -51,6 +51,7 @@ def test_scores_are_those_of_mteb_s_own_wrapper(mteb, task, saved_folder, tmp_pa
     print(f"mteb's wrapper {their_seconds:.2f} s, this package {seconds:.2f} s: {their_seconds / seconds:.1f}x")
 
 
+@pytest.mark.slow
 def test_mteb_finds_a_registered_folder(mteb, saved_folders):
     from mteb.models.model_implementations import MODEL_REGISTRY
 
@@ -65,6 +66,7 @@ def test_mteb_finds_a_registered_folder(mteb, saved_folders):
     assert len(meta.revision) == 32
 
 
+@pytest.mark.slow
 def test_published_checkpoints_keep_their_entry(mteb):
     meta, theirs = model_meta("Querit/Querit-4B"), mteb.get_model_meta("Querit/Querit-4B")
     assert meta.loader is MtebReranker
