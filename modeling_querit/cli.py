@@ -1,4 +1,4 @@
-"""The command line: `querit rerank | serve | train | adapt | merge | convert | evaluate | release`."""
+"""The command line: `querit rerank | evaluate | calibrate | serve | train | adapt | merge | convert | release`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,21 @@ class Format(StrEnum):
     jsonl = "jsonl"
 
 
+class Fusion(StrEnum):
+    """What makes scores of a run and of a model comparable."""
+
+    min_max = "min-max"
+    z_score = "z-score"
+    rrf = "rrf"
+
+
+class CalibrationMethod(StrEnum):
+    """Form of the function from scores to probabilities."""
+
+    platt = "platt"
+    isotonic = "isotonic"
+
+
 class Layout(StrEnum):
     """Layout of a checkpoint."""
 
@@ -61,7 +76,7 @@ def querit(
 
 @app.command(epilog="Example: querit rerank --query 'who wrote Faust' passages.txt --top-k 5")
 def rerank(
-    query: Annotated[str, typer.Option("--query", "-q", help="The query.", show_default=False)],
+    query: Annotated[str | None, typer.Option("--query", "-q", help="The query.", show_default=False)] = None,
     documents: Annotated[
         str,
         typer.Argument(metavar="[FILE]", help="Documents, one per line; - is standard input.", show_default=False),
@@ -76,10 +91,83 @@ def rerank(
         Format, typer.Option(help="text: a line is a document; jsonl: a line is a string or has a 'text'.")
     ] = Format.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    min_probability: Annotated[
+        float | None,
+        typer.Option(help="Leave out documents that are less probably relevant; needs a calibrated model."),
+    ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            help="Rerank in bulk, in place of --query: a TREC run, or JSONL rows with a 'query' and 'documents'; .gz "
+            "too. Resumes after a kill; under torchrun or accelerate launch, processes share the queries."
+        ),
+    ] = None,
+    collection: Annotated[
+        str | None,
+        typer.Option(
+            help="--run: texts of its ids: a folder with corpus and queries (.jsonl or .tsv, .gz too), or an id of "
+            "ir_datasets."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="--run: new file, a TREC run, or the rows with 'scores'.")
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="--run: documents of a query to rerank, by its scores; all by default.")
+    ] = None,
+    fuse: Annotated[
+        float | None,
+        typer.Option(
+            help="--run: rank by this weight, 0 to 1, times the run's scores, plus the rest times the model's."
+        ),
+    ] = None,
+    fusion: Annotated[
+        Fusion,
+        typer.Option(
+            help="--fuse: what makes scores comparable within a query: min-max (scaled to 0 to 1), z-score (to mean 0 "
+            "and deviation 1) or rrf (reciprocal rank: 1 / (60 + rank))."
+        ),
+    ] = Fusion.min_max,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="--run: set lines that cannot be used aside in OUTPUT.rejects.jsonl.")
+    ] = False,
 ) -> None:
-    """Order documents by their relevance to a query, best first."""
+    """Order documents by their relevance to a query, best first; or those of all queries of a run (--run)."""
     if top_k is not None and top_k < 1:
         raise ValueError(f"--top-k is {top_k}: ask for at least one document.")
+    if min_probability is not None and not 0 <= min_probability <= 1:
+        raise ValueError(f"--min-probability is {min_probability}: a probability is in [0, 1].")
+    bulk_only = {
+        "--collection": collection,
+        "--output": output,
+        "--depth": depth,
+        "--fuse": fuse,
+        "--skip-broken": skip_broken,
+    }
+    if run is not None:
+        single_only = {"--query": query, "FILE": documents != "-", "--top-k": top_k, "--json": as_json}
+        _refuse_given(single_only, "does not go with --run")
+        if output is None:
+            raise ValueError("--run needs --output, the file to write.")
+        _rerank_in_bulk(
+            min_probability,
+            device,
+            model=model,
+            run=run,
+            output=output,
+            collection=collection,
+            depth=depth,
+            fuse=fuse,
+            fusion=fusion.value,
+            instruction=instruction,
+            max_length=max_length,
+            skip_broken=skip_broken,
+            int8=int8,
+        )
+        return
+    _refuse_given(bulk_only, "needs --run")
+    if query is None:
+        raise ValueError("Missing option '--query' / '-q'; see querit rerank --help.")
     if not int8:
         console.skip_torchao(model)
     console.quiet_libraries()
@@ -87,11 +175,90 @@ def rerank(
 
     texts = read_documents(documents, None if format == Format.auto else format == Format.jsonl)
     reranker = _load(model, device, int8)
+    keep = _keep(reranker, min_probability) if min_probability is not None else None
     ranking = reranker.rank(query, texts, instruction=instruction, top_k=top_k, max_length=max_length)
+    if keep is not None:
+        ranking = list(itertools.compress(ranking, keep([document.score for document in ranking])))
     if as_json:
         console.print_ranking_json(model, ranking)
     else:
         console.print_ranking(query, ranking)
+
+
+def _refuse_given(options: dict[str, Any], reason: str) -> None:
+    """Refuse the first option that was given."""
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{name} {reason}; see querit rerank --help.")
+
+
+def _rerank_in_bulk(min_probability: float | None, device: str | None, **settings: Any) -> None:
+    if not settings["int8"]:
+        console.skip_torchao(settings["model"])
+    console.quiet_libraries()
+    from .reranking.rerank import BulkSettings, rerank_in_bulk
+
+    bulk_settings = BulkSettings(**settings)
+    done = rerank_in_bulk(
+        bulk_settings,
+        lambda default: _load(bulk_settings.model, device or default, bulk_settings.int8),
+        None if min_probability is None else lambda reranker: _keep(reranker, min_probability),
+    )
+    if done is not None:
+        rejects = f"; {done.rejected:,} lines set aside in {bulk_settings.rejects_file}" if done.rejected else ""
+        console.say(f"Wrote {bulk_settings.output}: {done.queries:,} queries, {done.pairs:,} pairs{rejects}")
+
+
+def _keep(reranker: QueritForSequenceRanking, min_probability: float) -> Callable[[Sequence[float]], list[bool]]:
+    from .calibration_querit import probability_of
+    from .reranking.output import keep_probable
+
+    return keep_probable(probability_of(reranker.config), min_probability)
+
+
+@app.command(epilog="Example: querit calibrate runs/law/model --collection law:dev")
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Folder of the model; mini or a repository with --output.")],
+    collection: Annotated[
+        list[str] | None,
+        typer.Option(help="Judged queries: FOLDER:SPLIT in the BEIR layout; repeatable.", show_default=False),
+    ] = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(help="Judged rows: JSONL with 'query', 'documents' and 'labels'; repeatable.", show_default=False),
+    ] = None,
+    method: Annotated[
+        CalibrationMethod,
+        typer.Option(help="platt: a logistic function, for few judgements; isotonic: any rising one, for thousands."),
+    ] = CalibrationMethod.platt,
+    depth: Annotated[int, typer.Option(help="--collection: candidates of a query, where it lists none.")] = 100,
+    judged_only: Annotated[
+        bool,
+        typer.Option(
+            "--judged-only",
+            help="--collection: the judged documents alone, not candidates, of which the unjudged count as irrelevant.",
+        ),
+    ] = False,
+    relevant_from: Annotated[float, typer.Option(help="Lowest grade or label of a relevant document.")] = 1.0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New folder, instead of writing to that of the model.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Maximum tokens of a query and document together.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
+) -> None:
+    """Learn what scores mean: the probability that a document with a score is relevant, stored in config.json.
+
+    Prints the expected calibration error before, and after on queries that the calibration has not seen.
+    """
+    console.skip_torchao(model)
+    console.quiet_libraries()
+    from .training.probabilities import JudgedSources, calibrate_model
+
+    sources = JudgedSources(collection or (), rows or (), depth, judged_only, relevant_from)
+    report = calibrate_model(model, sources, method.value, output, lambda: _load(model, device, False), max_length)
+    for line in report.lines():
+        console.say(line)
+    console.say(f"Wrote {(output or Path(model)) / 'config.json'}")
 
 
 @app.command(epilog="Example: querit serve mini, and open http://127.0.0.1:8000 in a browser")

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .calibration_querit import check_calibration
+
 AUTO_MAP = {
     "AutoConfig": "configuration_querit.QueritConfig",
     "AutoModel": "modeling_querit.QueritForSequenceRanking",
@@ -32,6 +34,8 @@ class QueritConfig(PreTrainedConfig):
             Defaults to `Qwen3Config()`.
         margin_scale (`float`, *optional*, defaults to 0.8):
             Margin of the pairwise hinge loss per unit of label difference, above 0.
+        calibration (`dict`, *optional*):
+            What turns scores into probabilities of relevance, from `querit calibrate`; see `probability_function`.
         **kwargs:
             Common arguments of `PreTrainedConfig`. `num_labels` is 1: the model gives one score per pair.
 
@@ -53,12 +57,16 @@ class QueritConfig(PreTrainedConfig):
         self,
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         margin_scale: float = 0.8,
+        calibration: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.text_config = _as_config(text_config)
         if not margin_scale > 0:
             raise ValueError(f"margin_scale is {margin_scale}: the hinge loss needs a margin above 0.")
         self.margin_scale = margin_scale
+        if calibration is not None:
+            check_calibration(calibration)
+        self.calibration = calibration
         kwargs.setdefault("num_labels", 1)
         kwargs.setdefault("pad_token_id", self.text_config.pad_token_id)
         kwargs.setdefault("sentence_transformers", {"activation_fn": ACTIVATION})

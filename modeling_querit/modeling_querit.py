@@ -374,6 +374,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
         instruction: str | None = None,
         top_k: int | None = None,
         *,
+        as_probability: bool = False,
         max_length: int | None = None,
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
@@ -389,6 +390,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             documents: Strings or `{"title": ..., "text": ...}`; any iterable.
             instruction: The task in one sentence; by default the one that the model was trained with.
             top_k: Number of documents to return, at least 1; all by default.
+            as_probability: Whether scores are given as probabilities of relevance, in [0, 1]; needs a model that
+                `querit calibrate` has calibrated. The order is the same.
             max_length: Maximum number of tokens in a pair, `[CLS]` included; longer documents are cut at their end.
             batch_tokens: Maximum number of tokens in a forward pass, which bounds the memory. By default 2,048 for a
                 dense model on a CPU and 8,192 otherwise. If memory runs out, it is halved.
@@ -399,7 +402,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
 
         Raises:
             TypeError: if the query or a document is not text.
-            ValueError: if `top_k` is below 1, or a score is NaN or infinite.
+            ValueError: if `top_k` is below 1, a score is NaN or infinite, or the model is not calibrated.
         """
         return rank_documents(
             self,
@@ -407,6 +410,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             documents,
             instruction=instruction,
             top_k=top_k,
+            as_probability=as_probability,
             max_length=max_length,
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .calibration_querit import probability_of
 from .packed_attention_querit import KeyValueStates, PackingError
 from .packed_forward_querit import exclusive, is_causal, rope_depends_on_length, supports_packing
 from .packing_querit import plan_packs
@@ -74,6 +75,7 @@ def rank_documents(
     documents: Iterable[Document],
     *,
     top_k: int | None = None,
+    as_probability: bool = False,
     **kwargs: Any,
 ) -> list[RankedDocument]:
     """Score documents and sort them; see `QueritForSequenceRanking.rank`, whose arguments these are."""
@@ -81,14 +83,17 @@ def rank_documents(
         raise ValueError(f"top_k is {top_k}: ask for at least one document, or leave it out for all.")
     if isinstance(documents, str | dict):
         raise TypeError("documents is one document: give a list of documents.")
+    probability = probability_of(model.config) if as_probability else None
     total = len(documents) if isinstance(documents, Sized) else None
     scored = score_stream(model, ((query, document) for document in documents), total=total, **kwargs)
     ranked = (RankedDocument(index, score, document) for index, ((_, document), score) in enumerate(scored))
     if top_k is None:
         # sorted() is stable, so documents of equal score keep their order.
-        return sorted(ranked, key=lambda document: -document.score)
-    # No more than top_k documents are held, however many there are.
-    return heapq.nsmallest(top_k, ranked, key=lambda document: (-document.score, document.index))
+        best = sorted(ranked, key=lambda document: -document.score)
+    else:
+        # No more than top_k documents are held, however many there are.
+        best = heapq.nsmallest(top_k, ranked, key=lambda document: (-document.score, document.index))
+    return [document._replace(score=probability(document.score)) for document in best] if probability else best
 
 
 def score_stream(

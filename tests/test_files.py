@@ -30,10 +30,11 @@ from modeling_querit.files import (
     write_json,
     write_jsonl,
 )
+from modeling_querit.rejects import Rejects
 from modeling_querit.retrieval.collection import Collection, read_documents
 from modeling_querit.retrieval.runs import read_run
 from modeling_querit.settings_files import read_settings
-from modeling_querit.training.data import Rejects, read_rows
+from modeling_querit.training.data import read_rows
 from modeling_querit.training.prepare import stream_rows
 
 

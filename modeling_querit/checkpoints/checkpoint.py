@@ -112,6 +112,8 @@ def open_checkpoint(name: str, temporary: Path) -> Checkpoint:
         files = (*base.files, folder / ADAPTER_CONFIG, *folder.glob("*.safetensors"))
         tensors = apply_adapter(folder, base.tensors)
         terms = combine_terms([read_terms(folder), base.terms])
+        # The base was calibrated without the adapter.
+        base.model.config.calibration = None
         return Checkpoint(name, base.model, tensors, files, base.tokenizer, _revision_of(folder), terms)
     config = read_json_object(folder / CONFIG_FILE)
     # Loading to the meta device checks that every weight is there, in the shape that the config asks for.

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from ..cards import Terms, seq_cls_card, stub_card
+from ..cards import Terms, dropped_calibration, seq_cls_card, stub_card
 from ..configuration_querit import ACTIVATION
 from ..files import atomic_folder, check_destination, scratch_folder
 from ..processing_querit import QueritProcessor
@@ -150,10 +150,11 @@ def _write_querit(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | Non
     checkpoint.write_tokenizer(folder)
 
 
-def _write_terms(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a card with what the checkpoint passes on, and its licence and notice files, if there is any of them."""
-    if checkpoint.terms != Terms():
-        (folder / "README.md").write_text(stub_card(folder.name, checkpoint.terms), encoding="utf-8")
+def _write_terms(checkpoint: Checkpoint, folder: Path, note: str = "") -> None:
+    """Write a card with what the checkpoint passes on and a note, and its licence and notice files, if there is one."""
+    if checkpoint.terms != Terms() or note:
+        card = stub_card(folder.name, checkpoint.terms) + note
+        (folder / "README.md").write_text(card, encoding="utf-8")
         checkpoint.terms.write(folder)
 
 
@@ -170,7 +171,7 @@ def _write_published(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | 
     }
     _write_config(config, folder)
     model.processor.tokenizer.save_pretrained(folder)
-    _write_terms(checkpoint, folder)
+    _write_terms(checkpoint, folder, dropped_calibration([model.config]))
 
 
 def _write_seq_cls(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
@@ -182,6 +183,7 @@ def _write_seq_cls(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | No
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     bias = head["score.bias"].tensor.item()
     card = seq_cls_card(folder.name, architecture, checkpoint.name, bias, checkpoint.terms)
+    card += dropped_calibration([checkpoint.model.config])
     (folder / "README.md").write_text(card, encoding="utf-8")
     checkpoint.terms.write(folder)
     checkpoint.model.processor.save_pretrained(folder)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..cards import combine_terms, merged_card
+from ..cards import combine_terms, dropped_calibration, merged_card
 from ..checkpoints.checkpoint import Checkpoint, check_trained, has_untrained_head, open_base, open_checkpoint
 from ..checkpoints.safetensors_io import (
     TensorSpec,
@@ -130,10 +130,14 @@ class Merger:
         dtype = self._write_weights(folder, recipe, max_shard_size, show_progress_bar)
         recipe.save(folder, self._provenance(recipe))
         terms = combine_terms([parent.terms for parent in self.parents])
-        (folder / "README.md").write_text(merged_card(folder.name, recipe.public(), terms), encoding="utf-8")
+        card = merged_card(folder.name, recipe.public(), terms)
+        card += dropped_calibration([parent.model.config for parent in self.parents])
+        (folder / "README.md").write_text(card, encoding="utf-8")
         terms.write(folder)
         first = self.models[0].model
         config = copy.deepcopy(first.config)
+        # The merged model scores otherwise.
+        config.calibration = None
         config.dtype = config.text_config.dtype = dtype
         config.save_pretrained(folder)
         write_code_files(first, folder)

@@ -165,12 +165,13 @@ def read_documents(source: str, is_jsonl: bool | None = None) -> list[str | dict
         if len(documents) == _MAX_DOCUMENTS:
             raise ValueError(f"{name} has more than {_MAX_DOCUMENTS:,} documents: rerank the top of a first stage.")
         documents.append(
-            decode_line(document, location) if isinstance(document, bytes) else _checked_document(document, location)
+            decode_line(document, location) if isinstance(document, bytes) else checked_document(document, location)
         )
     return documents
 
 
-def _checked_document(document: Any, location: str) -> str | dict[str, Any]:
+def checked_document(document: Any, location: str) -> str | dict[str, Any]:
+    """Return a document of a file if it is one; otherwise raise a ValueError that begins with its location."""
     if not isinstance(document.get("text") if isinstance(document, dict) else document, str):
         raise ValueError(f"{location}: a document is a string or an object with a 'text'.")
     if isinstance(document, dict) and not isinstance(document.get("title"), str | None):
@@ -192,13 +193,26 @@ def _existing(path: Path) -> Path:
 def _read_texts(path: Path) -> Iterator[dict[str, Any]]:
     """Read the rows of a corpus or of queries: `_id`, `text` and perhaps a `title`."""
     for location, row in read_jsonl(_existing(path)):
-        missing = [key for key in ("_id", "text") if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise ValueError(f"{location}: no {missing[0]!r}.")
-        for key in ("text", "title"):
-            if not isinstance(row.get(key) or "", str) or (key == "text" and row[key] is None):
-                raise ValueError(f"{location}: the {key} is {row[key]!r}, not a string.")
+        check_text(row, location)
         yield row
+
+
+def check_text(row: Any, location: str) -> None:
+    """Check a row of a corpus or of queries.
+
+    Args:
+        row: A value that should have `_id`, `text` and perhaps a `title`.
+        location: File and line number, for the error message.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    missing = [key for key in ("_id", "text") if not isinstance(row, dict) or key not in row]
+    if missing:
+        raise ValueError(f"{location}: no {missing[0]!r}.")
+    for key in ("text", "title"):
+        if not isinstance(row.get(key) or "", str) or (key == "text" and row[key] is None):
+            raise ValueError(f"{location}: the {key} is {row[key]!r}, not a string.")
 
 
 def _read_tsv(path: Path) -> Iterator[tuple[str, list[str]]]:

@@ -6,6 +6,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from ..files import atomic_write, decode_line, read_lines
 
@@ -33,18 +34,52 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     """
     run: dict[str, dict[str, float]] = defaultdict(dict)
     for place, line in read_lines(path):
-        fields = decode_line(line, place).split()
-        try:
-            query, _, document, _, score = fields[:5]
-            value = float(score)
-        except ValueError:
-            raise ValueError(f"{place}: not 'query Q0 document rank score tag'.") from None
-        if not math.isfinite(value):
-            raise ValueError(f"{place}: the score is {score}, not a finite number.")
+        query, document, score = parse_run_line(line, place)
         if document in run[query]:
             raise ValueError(f"{place}: query {query} has document {document} twice.")
-        run[query][document] = value
+        run[query][document] = score
     return {query: sorted(hits.items(), key=lambda hit: -hit[1]) for query, hits in run.items()}
+
+
+class Hit(NamedTuple):
+    """One line of a TREC run: a document that was found for a query, with its score."""
+
+    query: str
+    document: str
+    score: float
+
+
+def parse_run_line(line: bytes, place: str) -> Hit:
+    """Parse a line of a TREC run, `query Q0 document rank score tag`.
+
+    Args:
+        line: The line, in UTF-8.
+        place: File and line number, for the error message.
+
+    Raises:
+        ValueError: if the line has another form, or its score is not a finite number.
+    """
+    fields = decode_line(line, place).split()
+    try:
+        query, _, document, _, score = fields[:5]
+        value = float(score)
+    except ValueError:
+        raise ValueError(f"{place}: not 'query Q0 document rank score tag'.") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{place}: the score is {score}, not a finite number.")
+    return Hit(query, document, value)
+
+
+def run_lines(query: str, hits: Sequence[tuple[str, float]], tag: str) -> str:
+    """Write the lines of a TREC run for one query.
+
+    Args:
+        query: Query id, without white space.
+        hits: (document id, score), best first.
+        tag: Name of the system, the last column.
+    """
+    ranked = enumerate(hits, start=1)
+    return "".join(f"{query} Q0 {document} {rank} {float(score)!r} {tag}\n" for rank, (document, score) in ranked)
 
 
 def write_run(
@@ -67,8 +102,7 @@ def write_run(
                     raise ValueError(
                         f"{path}: id {identifier!r} is empty or has white space, which TREC runs cannot hold."
                     )
-            for rank, (document, score) in enumerate(hits, start=1):
-                file.write(f"{query} Q0 {document} {rank} {float(score)!r} {tag}\n")
+            file.write(run_lines(query, hits, tag))
 
 
 def fuse(

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from ..checkpoints.loading import check_available
 from ..evaluation.evaluate import Reranker
 from ..files import jsonl_sha256, write_json, write_jsonl
+from ..rejects import Rejects
 from ..retrieval.bm25 import BM25
 from ..retrieval.collection import Collection, Source
 from ..retrieval.sampling import Bands, Retriever
 from . import mining
 from .arguments import VALIDATION_METRICS, DataArguments, QueritTrainingArguments, TrainingSettings
-from .data import ROW_FILES, Rejects, Row, checked_rows, has_scores, is_collection, read_rows, read_table
+from .data import ROW_FILES, Row, checked_rows, has_scores, is_collection, read_rows, read_table
 from .losses import needs_unit_labels
 from .record import RECORD_FILE, Record, check_output_dir, make_record
 

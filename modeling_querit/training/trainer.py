@@ -62,6 +62,8 @@ class QueritTrainer(Trainer):
         **kwargs: Any,
     ):
         data_collator = data_collator or self.make_collator(model, args)
+        # What is trained scores otherwise than what was calibrated.
+        _base_model(model).config.calibration = None
         super().__init__(model, args, data_collator, compute_metrics=compute_metrics, **kwargs)
         # compute_loss divides by the items of the whole step; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True

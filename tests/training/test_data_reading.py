@@ -6,7 +6,8 @@ import json
 import pytest
 
 from modeling_querit.files import write_jsonl
-from modeling_querit.training.data import Rejects, read_rows
+from modeling_querit.rejects import Rejects
+from modeling_querit.training.data import read_rows
 
 ROWS = [
     {"query": "who wrote it", "documents": [{"title": "A", "text": "book"}], "labels": [0.5]},

@@ -1,0 +1,1 @@
+"""Reranking in bulk: runs of thousands of queries, streamed, resumed after a kill, on any number of processes."""
