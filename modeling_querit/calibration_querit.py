@@ -80,10 +80,12 @@ def check_calibration(calibration: Any) -> None:
     Raises:
         ValueError: if it is not as `probability_function` takes it.
     """
-    method = calibration.get("method") if isinstance(calibration, Mapping) else calibration
+    if not isinstance(calibration, Mapping):
+        raise ValueError(f"calibration is {calibration!r}, not an object with a method.")
+    method = calibration.get("method")
     if not isinstance(method, str) or method not in _KEYS:
         raise ValueError(f"calibration has the method {method!r}, not platt or isotonic.")
-    values = [calibration.get(key) for key in _KEYS[method]]
+    values: list[Any] = [calibration.get(key) for key in _KEYS[method]]
     if method == "platt":
         if not all(map(_is_number, values)) or not values[0] > 0:
             raise ValueError("calibration needs a slope above 0 and an intercept.")

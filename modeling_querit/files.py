@@ -21,9 +21,8 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# How safetensors, torch's writer of zip files and SQLite report a full disk, a quota or a limit of a file's size.
+# How safetensors, and torch's writer of zip files, report a full disk, a quota or a limit of a file's size.
 _DISK_FULL_MESSAGES = (
-    "database or disk is full",
     *("No space left", "File too large", "quota exceeded", "] . unexpected pos ", "PytorchStreamWriter failed writing"),
     *(f"os error {number}" for number in _DISK_FULL_ERRNOS),
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from array import array
 from collections.abc import Iterator, Sequence
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,16 +31,18 @@ class ShardWriter:
     def __init__(self, path: Path):
         self._path = path
         path.touch()
-        self._file: BinaryIO = path.open("r+b")
-        end = max((end for end, _, _ in _complete_lines(self._file)), default=0)
-        self._file.truncate(end)
-        self._file.seek(end)
+        with path.open("rb") as file:
+            end = max((end for end, _, _ in _complete_lines(file)), default=0)
+        os.truncate(path, end)
+        # Without a buffer, which would be written once more after an error.
+        self._file: RawIOBase = path.open("ab", buffering=0)
 
     def add(self, block: int, scores: Sequence[float]) -> None:
         """Append the scores of a block."""
+        rest = json.dumps({"block": block, "scores": list(scores)}).encode() + b"\n"
         with explain_full_disk(self._path):
-            self._file.write(json.dumps({"block": block, "scores": list(scores)}).encode() + b"\n")
-            self._file.flush()
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
         """Close the file."""

@@ -7,7 +7,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -127,7 +127,7 @@ def stage_run(
         ValueError: if a line is broken, a query or document has no text, or nothing is left to rerank; the message
             names file and line.
     """
-    with closing(_create(path)) as database:
+    with _new_database(path) as database:
         for hits in _queries_of(run, rejects):
             _add_hits(database, hits, depth, rejects)
         _fill(database, _QUERY, queries, rejects)
@@ -155,7 +155,7 @@ def stage_rows(
     Raises:
         ValueError: if a row is broken, or there is none.
     """
-    with closing(_create(path)) as database:
+    with _new_database(path) as database:
         for location, line in read_lines(rows):
             try:
                 row = _checked_row(parse_json(line, location), location, needs_scores)
@@ -166,14 +166,21 @@ def stage_rows(
         _finish(database, str(rows))
 
 
-def _create(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, isolation_level=None)
-    # The file is of use only once it is complete: nothing needs to survive a kill.
-    for pragma in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_CACHE_KIB}"):
-        database.execute(f"PRAGMA {pragma}")
-    database.executescript(_SCHEMA)
-    database.execute("BEGIN")
-    return database
+@contextmanager
+def _new_database(path: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None)) as database:
+            # The file is of use only once it is complete: nothing needs to survive a kill.
+            for pragma in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_CACHE_KIB}"):
+                database.execute(f"PRAGMA {pragma}")
+            database.executescript(_SCHEMA)
+            database.execute("BEGIN")
+            yield database
+            database.execute("COMMIT")
+    except sqlite3.OperationalError as error:
+        raise OSError(
+            f"{path.parent} could not be written ({error}): free some space and run the same command again."
+        ) from error
 
 
 def _refuse(error: ValueError, row: Any, rejects: Rejects | None) -> None:
@@ -308,7 +315,7 @@ def _all_tasks(database: sqlite3.Connection) -> Iterator[tuple[int, dict[str, An
 
 
 def _finish(database: sqlite3.Connection, source: str) -> None:
-    """Divide the tasks into blocks, and write the file.
+    """Divide the tasks into blocks.
 
     Raises:
         ValueError: if there are none.
@@ -319,7 +326,6 @@ def _finish(database: sqlite3.Connection, source: str) -> None:
     (count,) = database.execute("SELECT count(*) FROM blocks").fetchone()
     if not count:
         raise ValueError(f"{source} has nothing to rerank: no line of it can be used.")
-    database.execute("COMMIT")
 
 
 def _blocks(tasks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:

@@ -308,12 +308,9 @@ def _check_in_place(folder: Path) -> None:
         raise ValueError(f"{folder} is not a folder in Querit's layout: name a new one, --output FOLDER.")
 
 
-def write_calibration(folder: Path, calibration: Mapping[str, Any] | None) -> None:
-    """Store a calibration in the config of a folder, or remove the one that is there."""
+def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
+    """Store a calibration in the config of a folder."""
     path = folder / "config.json"
-    config = read_json(path)
-    config.pop("calibration", None)
-    if calibration is not None:
-        config["calibration"] = dict(calibration)
+    config = read_json(path) | {"calibration": dict(calibration)}
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
