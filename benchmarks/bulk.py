@@ -111,13 +111,17 @@ class Command:
         Raises:
             RuntimeError: if it fails.
         """
-        tree, first_score, samples = psutil.Process(self.process.pid), None, []
+        tree, peak = psutil.Process(self.process.pid), 0.0
+        first_score: float | None = None
+        samples: list[float] = []
         while self.process.poll() is None:
             time.sleep(INTERVAL)
+            memory = max(_resident(process) for process in [tree, *_children(tree)])
+            peak = max(peak, memory)
             if first_score is None and self._shard_bytes() > self._size:
                 first_score = time.monotonic()
             if first_score is not None:
-                samples.append(max(_resident(process) for process in [tree, *_children(tree)]))
+                samples.append(memory)
         end = time.monotonic()
         if self.process.returncode:
             raise RuntimeError(f"querit rerank ended with code {self.process.returncode}.")
@@ -126,7 +130,7 @@ class Command:
             "seconds": end - self._start,
             "seconds_from_first_score": end - (first_score or end),
             "mib_in_first_quarter": max(samples[:quarter], default=0.0),
-            "mib_peak": max(samples, default=0.0),
+            "mib_peak": peak,
         }
 
 

@@ -20,6 +20,7 @@ from modeling_querit.processing_querit import CHAT_TEMPLATE
 
 FILES = {
     "README.md",
+    "calibration_querit.py",
     "chat_template.jinja",
     "config.json",
     "config_sentence_transformers.json",
