@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
@@ -27,8 +28,9 @@ from .output import Keep, fuse_by, write_output
 from .shards import Shards, ShardWriter, shard_path
 from .tasks import Tasks, stage_rows, stage_run
 
+Result = TypeVar("Result")
 _ROWS = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
-_TASKS_FILE, _RECORD_FILE = "tasks.sqlite", "settings.json"
+_TASKS_FILE, _RECORD_FILE, _OUTPUT_FILE = "tasks.sqlite", "settings.json", "output"
 # How long a process waits for the others, which may score for days.
 _PROCESS_TIMEOUT = timedelta(days=7)
 
@@ -131,15 +133,51 @@ def rerank_in_bulk(
     # Unless it is told to use CPUs, accelerate does not connect processes on a machine without an accelerator.
     process = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PROCESS_TIMEOUT)
     texts = open_texts(settings.collection) if settings.collection is not None else None
-    open_file(settings.run).close()
-    if process.is_main_process:
-        _check_output(settings)
+    _check_run(settings.run)
+    _on_main_process(process, lambda: _check_output(settings))
     model = load(str(process.device) if process.num_processes > 1 else None)
     keep = make_keep(model) if make_keep else None
     result = _Bulk(settings, process, model).run(texts, keep)
     # A process that exits while it is connected to the others may hang or crash.
     process.destroy_process_group()
     return result
+
+
+def _check_run(run: str) -> None:
+    if Path(run).is_fifo():
+        raise ValueError(f"{run} is a pipe, which cannot be read again after a kill: write it to a file first.")
+    open_file(run).close()
+
+
+def _on_main_process(process: PartialState, action: Callable[[], None]) -> None:
+    """Do something in the main process while the others wait; if it fails there, they end too, without a word.
+
+    Raises:
+        SystemExit: in the other processes, if it fails.
+    """
+    error: Exception | None = None
+    if process.is_main_process:
+        try:
+            action()
+        except (OSError, ValueError) as caught:
+            error = caught
+    has_failed = _together(lambda: broadcast_object_list([error is not None])[0])
+    if error is not None:
+        raise error
+    if has_failed:
+        raise SystemExit(2)
+
+
+def _together(exchange: Callable[[], Result]) -> Result:
+    """Exchange something with the other processes.
+
+    Raises:
+        ChildProcessError: if one of them has ended.
+    """
+    try:
+        return exchange()
+    except RuntimeError:
+        raise ChildProcessError("Another process of this command has ended early: see what it says.") from None
 
 
 def _check_output(settings: BulkSettings) -> None:
@@ -163,23 +201,24 @@ class _Bulk:
 
     def run(self, texts: tuple[Texts, Texts] | None, keep: Keep | None) -> BulkResult | None:
         """Do the share of this process; the main process prepares before the others begin, and writes once all end."""
-        if self.process.is_main_process:
-            self.folder.mkdir(exist_ok=True)
-            with self._locked():
-                # Another process may have written it since the last check.
-                _check_output(self.settings)
-                self._prepare(texts)
-                self.process.wait_for_everyone()
-                self._score()
-                self.process.wait_for_everyone()
-                result = self._write(keep)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return result
-        self.process.wait_for_everyone()
-        with self._locked():
+        with ExitStack() as locks:
+            _on_main_process(self.process, lambda: self._begin(texts, locks))
+            if not self.process.is_main_process:
+                locks.enter_context(self._locked())
             self._score()
-        self.process.wait_for_everyone()
-        return None
+            _together(self.process.wait_for_everyone)
+            if not self.process.is_main_process:
+                return None
+            result = self._write(keep)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return result
+
+    def _begin(self, texts: tuple[Texts, Texts] | None, locks: ExitStack) -> None:
+        self.folder.mkdir(exist_ok=True)
+        locks.enter_context(self._locked())
+        # Another process may have written it since the last check.
+        _check_output(self.settings)
+        self._prepare(texts)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -252,7 +291,7 @@ class _Bulk:
         shards.close()
         own_blocks = open_blocks[self.process.process_index :: self.process.num_processes]
         # What is open must not change before all processes know it.
-        self.process.wait_for_everyone()
+        _together(self.process.wait_for_everyone)
         writer = ShardWriter(shard_path(self.folder, self.process.process_index))
         # Only on a terminal, and of this process alone: the others have as much to do.
         hide = None if self.process.is_main_process else True
@@ -271,9 +310,9 @@ class _Bulk:
         tasks = Tasks(self.folder / _TASKS_FILE)
         shards = Shards(self.folder, tasks.num_blocks)
         fuse = fuse_by(self.settings.fuse, self.settings.fusion)
-        written = self.folder / Path(self.settings.output).name
+        written = self.folder / _OUTPUT_FILE
         with atomic_write(written) as temporary:
-            write_output(temporary, tasks, shards, fuse, keep, is_gzipped=written.suffix == ".gz")
+            write_output(temporary, tasks, shards, fuse, keep, is_gzipped=self.settings.output.endswith(".gz"))
         written.replace(self.settings.output)
         result = BulkResult(tasks.num_queries, tasks.num_pairs, read_json(self.folder / _RECORD_FILE)["rejected"])
         shards.close()

@@ -1,6 +1,7 @@
 """Through the command: what it writes, what it refuses, and how it goes on after it was stopped."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -216,6 +217,12 @@ def test_options_of_runs_need_a_run(querit, option):
     code, _, err = querit("rerank", "--query", "fox", option)
     assert code == 2
     assert "needs --run" in err
+
+
+def test_a_pipe_is_refused(rerank, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a pipe" in rerank(run=tmp_path / "pipe")[2]
+    assert left(tmp_path) == ["pipe"]
 
 
 def test_broken_lines_are_set_aside_and_counted(rerank, folder, tmp_path):

@@ -12,10 +12,11 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
 from sklearn.isotonic import IsotonicRegression
 from small_runs import make_trainer
+from tiny_checkpoints import adapt
 
 from modeling_querit import QueritForSequenceRanking
 from modeling_querit.calibration_querit import logit_difference
-from modeling_querit.checkpoints.convert import LAYOUTS
+from modeling_querit.checkpoints.convert import LAYOUTS, convert_to_querit
 from modeling_querit.merging.merge import merge_checkpoints
 from modeling_querit.merging.recipe import Recipe
 from modeling_querit.training.probabilities import (
@@ -265,6 +266,12 @@ def test_a_merged_model_is_not_calibrated(calibrated, families, tmp_path, models
     # Nothing to say where nothing was.
     plain = merge_checkpoints(Recipe([str(tmp_path / "other")] * 2, t=["0.5"]), tmp_path / "plain")
     assert "Calibration" not in (plain / "README.md").read_text()
+
+
+def test_an_adapter_on_a_calibrated_base_is_not_calibrated(calibrated, tmp_path):
+    pytest.importorskip("peft")
+    adapt(tmp_path / "adapter", calibrated)
+    assert calibration_of(convert_to_querit(tmp_path / "adapter", tmp_path / "whole")) is None
 
 
 def test_a_trained_model_is_not_calibrated(calibrated, tmp_path):
