@@ -170,7 +170,7 @@ BAD = {
     "unknown query": ({"run": "q99 Q0 d1 1 1 x\n"}, [], "bad.trec, line 1: query q99 has no text in"),
     "no run": ({"run": '{"q1": {"d1": 1}}\n'}, [], "bad.trec, line 1: not 'query Q0 document rank score tag'"),
     "empty run": ({"run": ""}, [], "bad.trec has nothing to rerank"),
-    "missing run": ({"run": None}, [], "No such file"),
+    "missing run": ({"run": None}, [], "in/missing.trec"),
     "no collection": ({"collection": None}, [], "give the collection"),
     "missing collection": ({"collection": "nowhere"}, [], "nowhere is neither a folder nor an id"),
     "missing folder": ({"output": "nowhere/out.trec"}, [], "There is no folder"),
