@@ -212,7 +212,7 @@ def test_an_output_that_exists_is_not_replaced(rerank, tmp_path):
     assert (tmp_path / "out.trec").read_text() == "precious"
 
 
-@pytest.mark.parametrize("option", ["--collection=x", "--output=x", "--depth=1", "--fuse=0.5", "--skip-broken"])
+@pytest.mark.parametrize("option", ["--collection=x", "--output=x", "--depth=1", "--fuse=0", "--skip-broken"])
 def test_options_of_runs_need_a_run(querit, option):
     code, _, err = querit("rerank", "--query", "fox", option)
     assert code == 2
