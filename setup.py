@@ -24,7 +24,6 @@ EXTRAS = {
         "regex",
         "scipy>=1.15,<2",
     ],
-    "ir-datasets": ["ir-datasets>=0.6.3,<0.7"],
     "faiss": ["faiss-cpu>=1.15,<2"],
     "ir-datasets": ["ir-datasets>=0.6.3,<0.7"],
     "calibration": ["bm25s>=0.3.16,<0.4", "pytrec-eval-terrier>=0.5.11,<0.6", "regex", "scikit-learn>=1.9,<2"],

@@ -105,8 +105,8 @@ def rerank(
     collection: Annotated[
         str | None,
         typer.Option(
-            help="--run: texts of its ids: a folder with corpus and queries (.jsonl or .tsv, .gz too), or an id of "
-            "ir_datasets."
+            help="--run: texts of its ids: a folder with corpus and queries (.jsonl or .tsv, .gz too), or "
+            "ir_datasets:ID."
         ),
     ] = None,
     output: Annotated[

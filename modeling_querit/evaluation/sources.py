@@ -8,8 +8,7 @@ from typing import Any, Protocol
 
 from ..files import sha256
 from ..retrieval.collection import Collection, Source
-
-IR_DATASETS_PREFIX = "ir_datasets:"
+from ..retrieval.texts import IR_DATASETS_PREFIX
 
 
 class CollectionSource(Protocol):

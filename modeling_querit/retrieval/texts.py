@@ -17,6 +17,8 @@ from .collection import check_text
 # What is called with the error and the raw line instead of raising.
 OnError = Callable[[ValueError, Any], None]
 
+# Before the id of one of its datasets.
+IR_DATASETS_PREFIX = "ir_datasets:"
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".tsv", ".tsv.gz")
 # Names of the first column in the header of a table.
 _HEADERS = {"_id", "id", "docid", "doc_id", "pid", "qid", "query_id", "query-id"}
@@ -56,15 +58,15 @@ def open_texts(collection: str | os.PathLike[str]) -> tuple[Texts, Texts]:
 
     Args:
         collection: Folder with `corpus` and `queries`, both `.jsonl` (rows with `_id`, `text` and perhaps a `title`, as
-            in BEIR) or `.tsv` (id and text, or id, title and text), gzipped or not; or an id of `ir_datasets`, such as
-            `msmarco-passage/dev/small`.
+            in BEIR) or `.tsv` (id and text, or id, title and text), gzipped or not; or `ir_datasets:ID`, such as
+            `ir_datasets:msmarco-passage/dev/small`.
 
     Returns:
         The queries, and the documents.
 
     Raises:
-        FileNotFoundError: if there is no such folder or file, and no such id.
-        ModuleNotFoundError: if it looks like an id, and `ir_datasets` is not installed.
+        FileNotFoundError: if there is no such folder, file or id.
+        ModuleNotFoundError: if `ir_datasets` is asked for and not installed.
 
     Example:
         ```python
@@ -73,12 +75,14 @@ def open_texts(collection: str | os.PathLike[str]) -> tuple[Texts, Texts]:
         'd01'
         ```
     """
+    if str(collection).startswith(IR_DATASETS_PREFIX):
+        return _open_ir_dataset(str(collection).removeprefix(IR_DATASETS_PREFIX))
     folder = Path(collection).expanduser()
     if folder.is_dir():
         return _texts_of(folder, "queries"), _texts_of(folder, "corpus")
     if folder.exists():
         raise NotADirectoryError(f"{collection} is a file: name the folder with corpus.jsonl and queries.jsonl.")
-    return _open_ir_dataset(str(collection))
+    raise FileNotFoundError(f"There is no folder {collection}; a dataset of ir_datasets is written ir_datasets:ID.")
 
 
 def _texts_of(folder: Path, name: str) -> Texts:
@@ -129,15 +133,13 @@ def _refuse(error: ValueError, row: Any, on_error: OnError | None) -> None:
 
 def _open_ir_dataset(name: str) -> tuple[Texts, Texts]:
     if not find_spec("ir_datasets"):
-        raise FileNotFoundError(
-            f"{name} is not a folder; for an id of ir_datasets: pip install 'modeling-querit[ir-datasets]'."
-        )
+        raise ModuleNotFoundError(f"{name} needs ir_datasets: pip install 'modeling-querit[ir-datasets]'.")
     import ir_datasets
 
     try:
         dataset = ir_datasets.load(name)
     except KeyError:
-        raise FileNotFoundError(f"{name} is neither a folder nor an id of ir_datasets.") from None
+        raise FileNotFoundError(f"{name} is no dataset of ir_datasets: see https://ir-datasets.com.") from None
     for has, kind in ((dataset.has_queries(), "queries"), (dataset.has_docs(), "documents")):
         if not has:
             raise FileNotFoundError(f"{name}: this id of ir_datasets has no {kind}: name one that has.")

@@ -99,7 +99,7 @@ def test_the_working_directory_is_filled(model, tmp_path, monkeypatch):
 
 
 def test_a_missing_source_is_named(tmp_path):
-    with pytest.raises(OSError, match="There is no folder .*nowhere"):
+    with pytest.raises(OSError, match=r"There is no folder .*nowhere"):
         convert_to_querit(tmp_path / "nowhere", tmp_path / "destination")
     assert not (tmp_path / "destination").exists()
 

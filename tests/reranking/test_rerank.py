@@ -172,7 +172,7 @@ BAD = {
     "empty run": ({"run": ""}, [], "bad.trec has nothing to rerank"),
     "missing run": ({"run": None}, [], "in/missing.trec"),
     "no collection": ({"collection": None}, [], "give the collection"),
-    "missing collection": ({"collection": "nowhere"}, [], "nowhere is neither a folder nor an id"),
+    "missing collection": ({"collection": "nowhere"}, [], "There is no folder nowhere"),
     "missing folder": ({"output": "nowhere/out.trec"}, [], "There is no folder"),
     "output is a folder": ({"output": "."}, [], "is a folder"),
     "no output": ({"output": None}, [], "--run needs --output"),

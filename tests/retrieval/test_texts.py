@@ -68,7 +68,7 @@ def test_what_is_missing_is_named(tmp_path):
         open_texts(tmp_path)
     with pytest.raises(NotADirectoryError, match="is a file"):
         open_texts(tmp_path / "queries.tsv")
-    with pytest.raises(FileNotFoundError, match="neither a folder nor an id"):
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
         open_texts("no/such-dataset")
 
 
@@ -120,8 +120,8 @@ def test_ids_of_ir_datasets_are_read(document, text):
     name = f"querit-test-{type(document).__name__}"
     ir_datasets.registry.register(name, Dataset(Documents(), Queries()))
     ir_datasets.registry.register(f"{name}-corpus", Dataset(Documents()))
-    queries, documents = open_texts(name)
+    queries, documents = open_texts(f"ir_datasets:{name}")
     assert [(found.id, found.text) for found in queries.read(None)] == [("7", "fox")]
     assert [(found.id, found.text) for found in documents.read(None)] == [("a", text)]
     with pytest.raises(FileNotFoundError, match="has no queries"):
-        open_texts(f"{name}-corpus")
+        open_texts(f"ir_datasets:{name}-corpus")
