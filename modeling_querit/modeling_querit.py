@@ -17,9 +17,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, logging
 
 from .configuration_querit import QueritConfig
+from .earlier_copies_querit import make_room_for_earlier_copies
 from .loss_querit import pairwise_hinge_loss
 from .mixed_precision_querit import fastest_dtypes, mixed_precision_modes
 from .moe_querit import EXPERTS_IMPLEMENTATION
+from .offloading_querit import execution_device
 from .packed_attention_querit import KeyValueStates
 from .packed_forward_querit import is_causal, run_packed
 from .packing_querit import Pack
@@ -37,6 +39,8 @@ from .saving_querit import (
 from .validation_querit import CONFIG_FILE, check_model, one_line, read_headers
 
 logger = logging.get_logger(__name__)
+
+make_room_for_earlier_copies()
 
 # Published checkpoints name the head `head`.
 _PUBLISHED_KEYS = {r"^head\.": "score."}
@@ -309,7 +313,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
                 self.model,
                 run_backbone,
                 pack,
-                **_pack_inputs(pack, input_ids, position_ids, self.device),
+                **_pack_inputs(pack, input_ids, position_ids, execution_device(self)),
                 carried=carried,
                 prune_last_layer=prune_last_layer,
             )
@@ -321,6 +325,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             if position_ids is None and is_token is not None:
                 position_ids = (is_token.cumsum(-1) - 1).clamp(min=0)
             outputs = run_backbone(
+                self.model,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -347,6 +352,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
 
     def _run_backbone(
         self,
+        backbone: PreTrainedModel,
         input_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         *,
@@ -355,14 +361,14 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         kwargs.setdefault("use_cache", False)
         if not mixed_precision:
-            return self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        dtypes = fastest_dtypes(self.device, self.dtype)
+            return backbone(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        dtypes = fastest_dtypes(execution_device(self), self.dtype)
         if dtypes.hidden_states != self.dtype:
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
             inputs_embeds = inputs_embeds.to(dtypes.hidden_states)
         with mixed_precision_modes(dtypes, self.dtype, getattr(self, "is_quantized", False)):
-            return self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+            return backbone(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def _public_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return logits

@@ -3,6 +3,10 @@
 A decoder of transformers hands the keyword arguments of its forward pass through its layers to the attention function
 that its config names. So a packed forward pass is one keyword, `packed_forward=PackedForward(...)`, which
 `accept_packed_forward` teaches that function to take. It also reaches layers that gradient checkpointing recomputes.
+
+transformers has one table of attention functions, while this file exists once in the package and once beside every
+checkpoint that was loaded. So the function in the table only calls the `attend` of what it is given, whichever copy of
+this file that comes from.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .packing_querit import Pack, Segment
 
@@ -29,8 +34,8 @@ _SIMILAR_LENGTH = 0.8
 # build none of their own; `attend` does not look at it.
 PLACEHOLDER_MASK_SHAPE = (1, 1, 0, 0)
 
-# Prefix KV cache: keys and values of a shared prefix, (1, heads, tokens, head size) each, by attention module.
-KeyValueStates = dict[nn.Module, tuple[Tensor, Tensor]]
+# Prefix KV cache: keys and values of a shared prefix, (1, heads, tokens, head size) each, by index of the attention.
+KeyValueStates = dict[int, tuple[Tensor, Tensor]]
 
 
 class PackingError(Exception):
@@ -68,7 +73,8 @@ class PackedForward:
         self.implementation = implementation
         self.pruned_layer = pruned_layer
         self.is_causal = is_causal
-        self.attention_modules: set[nn.Module] = set()
+        # Attention modules, with their indices in the order in which they are called.
+        self.attention_modules: dict[nn.Module, int] = {}
         self._is_finished = False
         self._cache: dict[tuple[Any, ...], Any] = {}
 
@@ -122,9 +128,10 @@ class PackedForward:
         """
         if not self._is_finished:
             self._check(module, sliding_window, kwargs)
-            self.attention_modules.add(module)
-        key, value = self._with_carried(module, key, value)
-        if self.pruned_layer is not None and getattr(module, "layer_idx", None) == self.pruned_layer:
+            self.attention_modules[module] = len(self.attention_modules)
+        index = self.attention_modules[module]
+        key, value = self._with_carried(index, key, value)
+        if index == self.pruned_layer:
             return _attend_scored_positions(self, query, key, value, scaling, sliding_window), None
         if "flash" in self.implementation:
             return _attend_flash(self, query, key, value, scaling, sliding_window), None
@@ -148,14 +155,14 @@ class PackedForward:
         if module in self.attention_modules:
             raise PackingError("several attentions in one module")
 
-    def _with_carried(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_carried(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.pack.carried_length:
-            carried_key, carried_value = self.carried[module]
+            carried_key, carried_value = self.carried[index]
             key, value = torch.cat((carried_key, key), 2), torch.cat((carried_value, value), 2)
         kept = self.pack.carry_over
         if kept.stop and not self._is_finished:
             # Copies: a view would keep the states of the whole pack in memory.
-            self.carry_over[module] = key[:, :, kept].clone(), value[:, :, kept].clone()
+            self.carry_over[index] = key[:, :, kept].clone(), value[:, :, kept].clone()
         return key, value
 
 
@@ -168,12 +175,17 @@ def accept_packed_forward(implementation: str) -> None:
     Raises:
         PackingError: if it is not registered: `eager`, which every model has in its own file.
     """
-    function = AttentionInterface().get(implementation)
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
     if function is None:
         raise PackingError(f"{implementation} attention")
     # Another copy of this file, beside another checkpoint, may have been here before.
-    if not getattr(function, "accepts_packed_forward", False):
-        AttentionInterface.register(implementation, _accepting_packed_forward(function))
+    if getattr(function, "accepts_packed_forward", False):
+        return
+    accepting = _accepting_packed_forward(function)
+    AttentionInterface.register(implementation, accepting)
+    if ALL_ATTENTION_FUNCTIONS[implementation] is function:
+        # It was set for transformers' models alone, by `ALL_ATTENTION_FUNCTIONS[name] = function`.
+        ALL_ATTENTION_FUNCTIONS[implementation] = accepting
 
 
 def _accepting_packed_forward(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +18,7 @@ from .packed_attention_querit import (
     accept_packed_forward,
 )
 from .packing_querit import Pack, plan_packs
+from .shallow_copies_querit import copy_submodules
 
 if TYPE_CHECKING:
     from .modeling_querit import QueritForSequenceRanking
@@ -40,18 +36,6 @@ _PER_TOKEN_PARTS = (
     "mlp",
     "post_feedforward_layernorm",
 )
-# The packed forward pass active in this thread. The hooks check it so that ordinary calls to the same modules are left
-# alone.
-_PRUNED_FORWARD: ContextVar[PackedForward | None] = ContextVar("querit_pruned_forward", default=None)
-_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-if hasattr(os, "register_at_fork"):
-    # A lock that another thread holds at a fork would never be released in the child.
-    os.register_at_fork(after_in_child=_LOCKS.clear)
-
-
-def exclusive(backbone: nn.Module) -> threading.RLock:
-    """Return the lock of a backbone: packed forward passes and rankings change its hooks and its training mode."""
-    return _LOCKS.setdefault(backbone, threading.RLock())
 
 
 def run_packed(
@@ -68,7 +52,7 @@ def run_packed(
 
     Args:
         backbone: The backbone, as transformers has it.
-        run_backbone: Function that calls the backbone with its keyword arguments.
+        run_backbone: Function that calls a backbone, its first argument, with keyword arguments.
         pack: The pack.
         input_ids: Token ids of the pack, (1, tokens).
         position_ids: Position of each token within its pair, (1, tokens).
@@ -98,18 +82,18 @@ def run_packed(
     prunes = prune_last_layer and not _recomputes_last_layer(backbone)
     pruned_layer = backbone.config.num_hidden_layers - 1 if prunes else None
     packed_forward = PackedForward(pack, carried or {}, implementation, pruned_layer, is_causal(backbone))
-    with exclusive(backbone), _pruned_last_layer(backbone, packed_forward):
-        try:
-            outputs = run_backbone(
-                input_ids=input_ids,
-                attention_mask=torch.empty(PLACEHOLDER_MASK_SHAPE, device=input_ids.device),
-                position_ids=position_ids,
-                packed_forward=packed_forward,
-            )
-        except (TypeError, NotImplementedError) as error:
-            if "packed_forward" not in str(error):
-                raise
-            raise PackingError("layers that do not hand keyword arguments to their attention") from error
+    try:
+        outputs = run_backbone(
+            _prune_last_layer(backbone, packed_forward),
+            input_ids=input_ids,
+            attention_mask=torch.empty(PLACEHOLDER_MASK_SHAPE, device=input_ids.device),
+            position_ids=position_ids,
+            packed_forward=packed_forward,
+        )
+    except (TypeError, NotImplementedError) as error:
+        if "packed_forward" not in str(error):
+            raise
+        raise PackingError("layers that do not hand keyword arguments to their attention") from error
     packed_forward.finish(backbone.config.num_hidden_layers)
     hidden_states: Tensor = outputs[0][0]  # (tokens, hidden), or (pairs, hidden) if pruned
     if len(hidden_states) != len(pack.pairs):
@@ -165,58 +149,36 @@ def _recomputes_last_layer(backbone: PreTrainedModel) -> bool:
     return bool(backbone.training and layers and getattr(layers[-1], "gradient_checkpointing", False))
 
 
-@contextmanager
-def _pruned_last_layer(backbone: PreTrainedModel, packed_forward: PackedForward) -> Iterator[None]:
-    """Cut the inputs of the last layer's per-token parts, and its output, down to the scored positions."""
-    layers = getattr(backbone, "layers", None)
-    if packed_forward.pruned_layer is None or not layers:
-        yield
-        return
-    parts = dict(layers[-1].named_modules())
-    hooks = _PruningHooks(packed_forward)
-    handles = []
-    token = _PRUNED_FORWARD.set(packed_forward)
-    try:
-        for part in filter(None, map(parts.get, _PER_TOKEN_PARTS)):
-            handles.append(part.register_forward_pre_hook(hooks.select_input))
-            handles.append(part.register_forward_hook(hooks.restore_positions))
-        handles.append(layers[-1].register_forward_hook(hooks.select_output))
-        yield
-    finally:
-        _PRUNED_FORWARD.reset(token)
-        for handle in handles:
-            handle.remove()
+def _prune_last_layer(backbone: PreTrainedModel, packed_forward: PackedForward) -> PreTrainedModel:
+    """Return a copy in which the last layer's per-token parts, and its output, are those of the scored positions."""
+    layers = dict(backbone.named_children()).get("layers")
+    if packed_forward.pruned_layer is None or not isinstance(layers, nn.ModuleList):
+        return backbone
+    names = dict(layers[-1].named_modules())
+    paths = [name for name in _PER_TOKEN_PARTS if name in names]
+    last = f"layers.{len(layers) - 1}"
+    copied, [layer, *parts] = copy_submodules(backbone, [last, *(f"{last}.{path}" for path in paths)])
 
+    def positions(states: Tensor) -> Tensor:
+        return packed_forward.scored_positions(states.device)
 
-class _PruningHooks:
-    """Forward hooks that act only within one packed forward pass."""
-
-    def __init__(self, packed_forward: PackedForward):
-        self.packed_forward = packed_forward
-
-    def select_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def select_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """(1, tokens, ...) -> (1, pairs, ...) for the first argument of a per-token part."""
-        if not self._is_active():
-            return None
         states, *others = args
-        return states[:, self._positions(states)], *others
+        return states[:, positions(states)], *others
 
-    def restore_positions(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def restore_positions(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """(1, pairs, ...) -> (1, tokens, ...) for its output, zero at positions that are not scored."""
-        if not self._is_active():
-            return None
-        restored = output.new_zeros(1, len(self.packed_forward.pack), *output.shape[2:])
-        restored[:, self._positions(output)] = output
+        restored = output.new_zeros(1, len(packed_forward.pack), *output.shape[2:])
+        restored[:, positions(output)] = output
         return restored
 
-    def select_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+    def select_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
         """(1, tokens, hidden) -> (1, pairs, hidden) for the output of the layer; some return more than states."""
-        if not self._is_active() or not isinstance(output, Tensor):
-            return None
-        return output[:, self._positions(output)]
+        return output[:, positions(output)] if isinstance(output, Tensor) else None
 
-    def _is_active(self) -> bool:
-        return _PRUNED_FORWARD.get() is self.packed_forward
-
-    def _positions(self, states: Tensor) -> Tensor:
-        return self.packed_forward.scored_positions(states.device)
+    for part in parts:
+        part.register_forward_pre_hook(select_input)
+        part.register_forward_hook(restore_positions)
+    layer.register_forward_hook(select_output)
+    return copied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -354,14 +355,14 @@ def document_text(document: Document) -> str:
     if isinstance(document, str):
         return _clean(document, "document")
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-        raise TypeError(f"A document is a string or a dict with a 'text', not {_shown(document)}.")
+        raise TypeError(f"A document is a string or a dict with a 'text', not {describe(document)}.")
     title, text = document.get("title"), _clean(document["text"], "document")
     return (text if title is None or title == "" else f"{_clean(title, 'title')} {text}").strip()
 
 
 def _clean(text: str, what: str) -> str:
     if not isinstance(text, str):
-        raise TypeError(f"A {what} is a string, not {_shown(text)}.")
+        raise TypeError(f"A {what} is a string, not {describe(text)}.")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -370,6 +371,34 @@ def _clean(text: str, what: str) -> str:
     return text
 
 
-def _shown(value: Any) -> str:
+def check_count(name: str, value: Any) -> int | None:
+    """Check an optional number that a user gives.
+
+    Args:
+        name: Name of the argument.
+        value: Integer of at least 1, of Python, numpy or torch; or None.
+
+    Returns:
+        The same as an int, or None.
+
+    Raises:
+        TypeError: if it is not an integer.
+        ValueError: if it is below 1.
+    """
+    if value is None:
+        return None
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool):
+        raise TypeError(f"{name} is {describe(value)}: give an integer of at least 1.")
+    if count < 1:
+        raise ValueError(f"{name} is {count}: give an integer of at least 1.")
+    return count
+
+
+def describe(value: Any) -> str:
+    """Type and beginning of a value that a user gave, for error messages."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
@@ -16,10 +17,12 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .calibration_querit import probability_of
+from .offloading_querit import execution_device, turn
 from .packed_attention_querit import KeyValueStates, PackingError
-from .packed_forward_querit import exclusive, is_causal, rope_depends_on_length, supports_packing
+from .packed_forward_querit import is_causal, rope_depends_on_length, supports_packing
 from .packing_querit import plan_packs
-from .processing_querit import Document, EncodedPair, Pair
+from .processing_querit import Document, EncodedPair, Pair, check_count, describe
+from .shallow_copies_querit import evaluation_copy
 
 if TYPE_CHECKING:
     from .modeling_querit import QueritForSequenceRanking
@@ -69,6 +72,19 @@ _cannot_pack: WeakSet[torch.nn.Module] = WeakSet()
 _cannot_mix_precision: WeakSet[torch.nn.Module] = WeakSet()
 
 
+_processes_that_rank: set[int] = set()
+
+
+def _compute_alone() -> None:
+    """Let a forked child compute in one thread: GNU OpenMP would wait forever for the threads of its parent."""
+    if os.getppid() in _processes_that_rank:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compute_alone)
+
+
 def rank_documents(
     model: QueritForSequenceRanking,
     query: str,
@@ -79,10 +95,11 @@ def rank_documents(
     **kwargs: Any,
 ) -> list[RankedDocument]:
     """Score documents and sort them; see `QueritForSequenceRanking.rank`, whose arguments these are."""
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}: ask for at least one document, or leave it out for all.")
-    if isinstance(documents, str | dict):
-        raise TypeError("documents is one document: give a list of documents.")
+    if not isinstance(query, str):
+        raise TypeError(f"query is {describe(query)}: give one string.")
+    if isinstance(documents, str | bytes | Mapping) or not isinstance(documents, Iterable):
+        raise TypeError(f"documents is {describe(documents)}: give a list of documents.")
+    top_k = check_count("top_k", top_k)
     probability = probability_of(model.config) if as_probability else None
     total = len(documents) if isinstance(documents, Sized) else None
     scored = score_stream(model, ((query, document) for document in documents), total=total, **kwargs)
@@ -122,15 +139,19 @@ def score_stream(
         optimizations: Enabled speed optimizations.
 
     Raises:
-        TypeError: if the instruction is not a string or a pair is not a 2-tuple.
-        ValueError: if `batch_tokens` is below 1, or a score is NaN or infinite.
+        TypeError: if an argument has another type, or a pair is not a 2-tuple.
+        ValueError: if a number is below 1, the model has no weights, or a score is NaN or infinite.
     """
+    if isinstance(pairs, str | bytes | Mapping) or not isinstance(pairs, Iterable):
+        raise TypeError(f"pairs is {describe(pairs)}: give (query, document) tuples.")
     if not isinstance(instruction, str | None):
-        raise TypeError(f"instruction is {instruction!r}: give one string, for all pairs.")
-    if batch_tokens is None:
-        batch_tokens = default_batch_tokens(model)
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens is {batch_tokens}: a batch needs at least one token.")
+        raise TypeError(f"instruction is {describe(instruction)}: give one string, for all pairs.")
+    if not isinstance(show_progress_bar, bool | None):
+        raise TypeError(f"show_progress_bar is {describe(show_progress_bar)}: give True or False.")
+    max_length = check_count("max_length", max_length)
+    batch_tokens = check_count("batch_tokens", batch_tokens) or default_batch_tokens(model)
+    if execution_device(model).type == "meta":
+        raise ValueError("The model's weights are on the meta device, so it has none: load it on another device.")
 
     def scored(batch_tokens: int) -> Iterator[tuple[Pair, float]]:
         index = 0
@@ -140,7 +161,7 @@ def score_stream(
             ):
                 window = _Window(model, pairs_of_window, encoded, batch_tokens, optimizations)
                 scores = window.score(progress)
-                _check_finite(scores, index)
+                _check_finite(scores, pairs_of_window, index)
                 # A batch size that ran out of memory once is not tried again.
                 batch_tokens = window.batch_tokens
                 index += len(pairs_of_window)
@@ -150,12 +171,14 @@ def score_stream(
 
 
 def _progress_bar(pairs: Iterable[Pair], total: int | None, show: bool | None) -> Any:
+    if not (sys.stderr and sys.stderr.isatty() if show is None else show):
+        # Not a disabled bar: it takes tqdm's lock, which a process forked in that moment waits for forever.
+        return logging.EmptyTqdm()
     return logging.tqdm(
         total=len(pairs) if isinstance(pairs, Sized) else total,
         desc="Scoring",
         unit="pair",
         delay=0 if show else _PROGRESS_DELAY,
-        disable=None if show is None else not show,
     )
 
 
@@ -165,7 +188,7 @@ def default_batch_tokens(model: QueritForSequenceRanking) -> int:
     2,048 for a dense model on a CPU (fits in cache), otherwise 8,192: GPUs and MoE layers need large batches.
     """
     has_experts = getattr(model.config.get_text_config(), "num_experts_per_tok", None) is not None
-    return 8192 if has_experts or model.device.type != "cpu" else 2048
+    return 8192 if has_experts or execution_device(model).type != "cpu" else 2048
 
 
 def _windows(
@@ -191,7 +214,7 @@ def _windows(
 
 def _checked(pair: Pair, index: int) -> Pair:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise TypeError(f"Pair {index} is {pair!r}: give (query, document) tuples.")
+        raise TypeError(f"Pair {index} is {describe(pair)}: give (query, document) tuples.")
     return pair
 
 
@@ -215,6 +238,8 @@ class _Window:
         optimizations: Optimizations,
     ):
         self.model = model
+        # The same weights, for forward passes alone.
+        self.evaluated = evaluation_copy(model)
         self.batch_tokens = batch_tokens
         self.optimizations = optimizations
         self.queries = [query for query, _ in pairs]
@@ -225,7 +250,8 @@ class _Window:
 
     def score(self, progress: Any) -> Tensor:
         """Score all pairs, (pairs,) in float32; if memory runs out, the rest is scored in smaller batches."""
-        with exclusive(self.model.model), _evaluating(self.model), torch.inference_mode():
+        _processes_that_rank.add(os.getpid())
+        with turn(self.model), torch._C._InferenceMode(True):
             while len(self.done) < len(self.input_ids):
                 try:
                     for pairs, scores in self._score_packed() if self._can_pack() else self._score_padded():
@@ -251,7 +277,7 @@ class _Window:
         share_prefix = self.optimizations.share_prefix and is_causal(self.model.model)
         for pack in plan_packs(self.input_ids, self._groups(), self.batch_tokens, share_prefix):
             self.num_tokens, self.num_pairs = len(pack), len(pack.pairs)
-            output = self.model(
+            output = self.evaluated(
                 pack=pack,
                 carried=carried,
                 prune_last_layer=self.optimizations.prune_last_layer,
@@ -275,9 +301,9 @@ class _Window:
         batch_tokens = 1 if rope_depends_on_length(self.model.model) else self.batch_tokens
         for batch in plan_batches([len(self.input_ids[pair]) for pair in remaining], batch_tokens):
             pairs = [remaining[index] for index in batch]
-            inputs = self.model.processor.pad([self.input_ids[pair] for pair in pairs]).to(self.model.device)
+            inputs = self.model.processor.pad([self.input_ids[pair] for pair in pairs]).to(execution_device(self.model))
             self.num_tokens, self.num_pairs = inputs["input_ids"].numel(), len(pairs)
-            yield pairs, self.model(**inputs, mixed_precision=self._mixes_precision()).score
+            yield pairs, self.evaluated(**inputs, mixed_precision=self._mixes_precision()).score
 
     def _make_smaller(self, error: Exception) -> None:
         if not _is_out_of_memory(error):
@@ -288,7 +314,7 @@ class _Window:
             ) from error
         self.batch_tokens = min(self.batch_tokens, self.num_tokens) // 2
         logger.warning(f"Out of memory with {self.num_tokens} tokens at once; continuing with {self.batch_tokens}.")
-        if self.model.device.type == "cuda":
+        if execution_device(self.model).type == "cuda":
             torch.cuda.empty_cache()
 
 
@@ -316,18 +342,6 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int
         start += count
 
 
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a while, and every module back into its own mode."""
-    was_training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in was_training:
-            module.training = mode
-
-
 def _warn_about_cuts(encoded: Sequence[EncodedPair]) -> None:
     if any(pair.cut_content or pair.cut_query for pair in encoded):
         logger.warning_once(
@@ -336,12 +350,15 @@ def _warn_about_cuts(encoded: Sequence[EncodedPair]) -> None:
         )
 
 
-def _check_finite(scores: Tensor, first: int) -> None:
+def _check_finite(scores: Tensor, pairs: Sequence[Pair], first: int) -> None:
     bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
     if bad:
-        value = scores[bad[0]].item()
+        value, (_, document) = scores[bad[0]].item(), pairs[bad[0]]
+        names = [document[key] for key in ("_id", "id") if isinstance(document, dict) and key in document]
+        name = f" (id {describe(names[0])})" if names else ""
         kind = "NaN" if math.isnan(value) else "infinite"
         raise ValueError(
-            f"The score of document {first + bad[0]} is {kind} ({len(bad)} of {len(scores)} are): float16 activations "
-            "can overflow, so load the model in bfloat16 or float32. If that does not help, the weights are damaged."
+            f"The score of document {first + bad[0]}{name} is {kind} ({len(bad)} of {len(scores)} are): float16 "
+            "activations can overflow, so load the model in bfloat16 or float32. If that does not help, the weights "
+            "are damaged."
         )

@@ -1,5 +1,6 @@
 """Fixtures of the whole suite: no network, one thread, tiny models of both architectures, real tokenizers."""
 
+import copy
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
+import packs
 import pytest
 import tiny
 import torch
@@ -113,6 +115,34 @@ def references(models, ids):
 @pytest.fixture
 def reference(references, architecture):
     return references(architecture)
+
+
+@pytest.fixture(scope="session")
+def reference_model(processor):
+    """Models by their names in `packs`, and the scores of its pairs by transformers' backbones. Not to be changed."""
+    cache = {}
+
+    def get(name):
+        if name not in cache:
+            architecture, kwargs = packs.MODELS[name]
+            model = tiny.make_model(architecture, processor, **kwargs)
+            cache[name] = model, [tiny.reference_score(model, ids) for ids in packs.encode(model)]
+        return cache[name]
+
+    return get
+
+
+@pytest.fixture
+def fresh_model(reference_model):
+    """Copies of these models, to change at will."""
+
+    def get(name):
+        model, expected = reference_model(name)
+        processor, model = model.processor, copy.deepcopy(model)
+        model.processor = processor
+        return model, expected
+
+    return get
 
 
 @pytest.fixture(scope="session")

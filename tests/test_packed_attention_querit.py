@@ -120,9 +120,9 @@ def attend(monkeypatch):
             by_length = packed_attention_querit._attend_by_length
             monkeypatch.setattr(packed_attention_querit, "_attend_by_segment", by_length)
         module, carried, expected_carried = nn.Module(), {}, None
-        module.layer_idx, module.is_causal = 7, is_causal
+        module.is_causal = is_causal
         implementation = "flash_attention_2" if method == "flash" else "sdpa"
-        pruned_layer = 7 if method == "scored positions" else 3
+        pruned_layer = 0 if method == "scored positions" else 3
         for seed, pack in enumerate(packs):
             shapes = [(heads, SIZE), (heads // groups, SIZE), (heads // groups, value_size)]
             query, key, value = (
@@ -208,7 +208,7 @@ def test_what_is_carried_over_is_a_copy():
     packed_forward, module = PackedForward(pack, {}, "sdpa"), nn.Module()
     states = normal(1, 2, len(pack), SIZE, seed=0)
     packed_forward.attend(module, states, states, states)
-    key, value = packed_forward.carry_over[module]
+    key, value = packed_forward.carry_over[0]
     assert key.shape[2] == 5
     assert key.untyped_storage().nbytes() == value.untyped_storage().nbytes() == key.numel() * 8
 
@@ -291,12 +291,12 @@ def test_after_the_forward_pass_modules_may_attend_again():
     packed_forward, module = PackedForward(pack, {}, "sdpa"), nn.Module()
     states = normal(1, 2, len(pack), SIZE, seed=0)
     first, _ = packed_forward.attend(module, states, states, states)
-    carried = packed_forward.carry_over[module]
+    carried = packed_forward.carry_over[0]
     packed_forward.finish(num_layers=1)
     for _ in range(2):
         recomputed, _ = packed_forward.attend(module, states, states, states)
         assert torch.equal(recomputed, first)
-    assert packed_forward.carry_over[module] is carried
+    assert packed_forward.carry_over[0] is carried
 
 
 # The registered attention functions

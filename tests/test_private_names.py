@@ -46,13 +46,18 @@ PRIVATE_NAMES = {
     "transformers.Trainer._prepare_inputs": "move a batch to the device as the Trainer does",
     # mteb
     "mteb._create_dataloaders": "texts of queries exactly as mteb gives them to a model",
+    # accelerate
+    "accelerate.hooks:_hf_hook": "where accelerate computes what it loads",
     # torch
     "torch._int_mm": "products of int8 matrices have no public function",
+    "torch._C": "inference mode as a C++ object, which an interrupt cannot leave on",
+    "torch._C._InferenceMode": "inference mode as a C++ object, which an interrupt cannot leave on",
+    "torch.nn.Module()._modules": "submodules by name, also those that have two names",
 }
 # Public in spite of their underscore.
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 # Set by this package on objects of classes from elsewhere.
-OURS = {"_hub_kwargs", "_processor"}
+OURS = {"_hub_kwargs", "_processor", "_LOCKS"}
 
 
 def is_private(name):

@@ -1,4 +1,5 @@
 import math
+import sys
 import time
 from itertools import pairwise
 from types import SimpleNamespace
@@ -372,6 +373,7 @@ def test_the_progress_bar_knows_the_total_of_a_list(models, monkeypatch, is_list
             self.done += count
 
     monkeypatch.setattr(ranking_querit.logging, "tqdm", Bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     model, wrap = models("qwen3"), list if is_list else iter
     model.predict(wrap(tiny.pairs()))
     model.rank(tiny.QUERY, wrap(tiny.DOCUMENTS), top_k=2, batch_tokens=64)
