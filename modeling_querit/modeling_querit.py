@@ -42,6 +42,8 @@ logger = logging.get_logger(__name__)
 
 make_room_for_earlier_copies()
 
+# Arguments of `from_pretrained` that say where files of a repository come from.
+_HUB_KWARGS = ("subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 # Published checkpoints name the head `head`.
 _PUBLISHED_KEYS = {r"^head\.": "score."}
 
@@ -124,7 +126,11 @@ class QueritPreTrainedModel(PreTrainedModel):
         with_loading_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         key_mapping = _PUBLISHED_KEYS | (kwargs.pop("key_mapping", None) or {})
-        processor: QueritProcessor | None = None
+        if pretrained_model_name_or_path is None:
+            raise ValueError(
+                "There is no name of a model to load: if this is the base of an adapter, name it in its "
+                "adapter_config.json, as base_model_name_or_path."
+            )
         config: Any = None
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         is_checked = folder.is_dir() and not any(kwargs.get(name) for name in ("variant", "gguf_file", "state_dict"))
@@ -134,7 +140,8 @@ class QueritPreTrainedModel(PreTrainedModel):
                 config = cls.config_class.from_pretrained(folder)
             # Whoever allows other shapes wants a config that is not that of the weights.
             read_headers(folder) if may_mismatch else check_model(folder, config, cls)
-            processor = cls._read_processor(folder, config)
+        # Everything is read at once, from the same place: the folder may be another one when pairs are ranked.
+        processor = cls._read_processor(folder, config) if folder.is_dir() else None
         # Pickles may run code when they are loaded.
         kwargs.setdefault("use_safetensors", True)
         if (quantization := kwargs.get("quantization_config")) is not None:
@@ -168,24 +175,31 @@ class QueritPreTrainedModel(PreTrainedModel):
         model, info = loaded
         check_loaded(pretrained_model_name_or_path, info, may_mismatch)
         model._save_under_own_keys()
+        if not folder.is_dir():
+            # Of the commit of these weights, which may not be the newest any more.
+            commit = {"revision": getattr(model.config, "_commit_hash", None) or kwargs.get("revision")}
+            hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs} | commit
+            processor = cls._read_processor(pretrained_model_name_or_path, model.config, **hub_kwargs)
         model._processor = processor
-        model._hub_kwargs = {
-            name: kwargs[name]
-            for name in ("revision", "subfolder", "cache_dir", "token", "local_files_only")
-            if kwargs.get(name) is not None
-        }
-        if commit := getattr(model.config, "_commit_hash", None):
-            # The tokenizer is loaded later, and has to be that of these weights.
-            model._hub_kwargs["revision"] = commit
         return (model, info) if with_loading_info else model
 
     @staticmethod
-    def _read_processor(folder: Path, config: QueritConfig) -> QueritProcessor | None:
-        """Read the tokenizer of a folder, and check that it fits; None if the folder has none."""
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    def _read_processor(
+        name_or_path: str | os.PathLike[str], config: QueritConfig | None, **kwargs: Any
+    ) -> QueritProcessor | None:
+        """Read the tokenizer beside the weights, and check that it fits; None if there is none."""
+        is_folder = Path(name_or_path).is_dir()
+        if is_folder and not any(Path(name_or_path, name).is_file() for name in TOKENIZER_FILES):
             return None
-        processor = QueritProcessor.from_pretrained(folder)
-        processor.check_fits(config.text_config.vocab_size, folder)
+        try:
+            processor = QueritProcessor.from_pretrained(name_or_path, **kwargs)
+        except OSError as error:
+            if is_folder:
+                raise
+            logger.warning(f"The model is loaded without a tokenizer, and cannot rank: {error}")
+            return None
+        if config is not None:
+            processor.check_fits(config.text_config.vocab_size, name_or_path)
         return processor
 
     def _save_under_own_keys(self) -> None:
@@ -223,15 +237,14 @@ class QueritPreTrainedModel(PreTrainedModel):
 
     @property
     def processor(self) -> QueritProcessor:
-        """The processor saved beside the weights, loaded on first use; assign one to a model built from a config."""
-        if getattr(self, "_processor", None) is None:
-            if not self.name_or_path:
-                raise ValueError(
-                    "The model was not loaded from a folder, so it has no tokenizer: set "
-                    "model.processor = QueritProcessor(tokenizer)."
-                )
-            self._processor = QueritProcessor.from_pretrained(self.name_or_path, **getattr(self, "_hub_kwargs", {}))
-        return self._processor
+        """The processor saved beside the weights, read with them; assign one to a model built from a config."""
+        processor = getattr(self, "_processor", None)
+        if processor is None:
+            raise ValueError(
+                f"{self.name_or_path or 'The model'} has no tokenizer: it was built from a config, or none was found "
+                "beside its weights when they were loaded; set model.processor = QueritProcessor(tokenizer)."
+            )
+        return processor
 
     @processor.setter
     def processor(self, processor: QueritProcessor) -> None:

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .tokenizing_querit import copy_backend, first_size, first_tokens, reach
 from .validation_querit import one_line, read_json_object
 
 DEFAULT_INSTRUCTION = "Judge whether the Content meets the requirements based on the Query."
@@ -29,6 +30,8 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "qwen.tiktoken", "tiktoken.model"),
 )
+# Those that other runtimes ask for.
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "mask_token", "pad_token")
 # Maximum number of tokens in a pair for the published models, `[CLS]` included.
 MAX_LENGTH = 4096
 
@@ -44,7 +47,8 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
     "{%- endfor -%}"
     "{{- ns.instruction + ' Query: ' + ns.query + '; Content: ' -}}"
-    "{%- if ns.title -%}{{- (ns.title + ' ' + ns.document) | trim -}}{%- else -%}{{- ns.document -}}{%- endif -%}"
+    "{%- if ns.title -%}{%- set ns.document = ns.title + ' ' + ns.document -%}{%- endif -%}"
+    "{{- ns.document | trim -}}"
     "{{- '" + CLS_TOKEN + "' -}}"
 )
 
@@ -59,8 +63,9 @@ class EncodedPair(NamedTuple):
 
     Args:
         input_ids: Token ids; the last is that of `[CLS]`.
-        cut_content: Number of tokens cut at the end of the document, title and text, to make the pair fit.
-        cut_query: Number of tokens cut at the end of the query.
+        cut_content: Number of tokens cut at the end of the document, title and text, to make the pair fit; at least so
+            many where the document is so long that its end is not even tokenized.
+        cut_query: Number of tokens cut at the end of the query; in a very long one, at least so many.
     """
 
     input_ids: list[int]
@@ -72,16 +77,20 @@ class QueritProcessor:
     """Turns queries and documents into model inputs, exactly as the reference does (mteb's `QueritWrapper`).
 
     The text is `"{instruction} Query: {query}; Content: {document}"`, tokenized as one string without special
-    tokens, followed by the id of `[CLS]`. Title and text of a document are joined by a space. Where the reference is
-    silent or wrong:
+    tokens, followed by the id of `[CLS]`. Title and text of a document are joined by a space; white space at the ends of
+    a document is dropped, whether it is a string or has a title. Where the reference is silent or wrong:
 
     - A pair over `max_length` loses the end of its document, then the end of its query, and never anything of the
       instruction, the words in between or `[CLS]`; the reference drops the first tokens too.
     - The name of a special token in a text (`[CLS]`, `<|im_end|>`) is text; the reference reads it as the token.
     - A lone surrogate, which is no character, becomes U+FFFD.
 
+    `tokenizer` is there for others: it is what a saved folder holds, and anybody may let it pad, truncate or save itself,
+    a Trainer for example, since pairs are encoded by a copy that nothing changes. To rank and save with other tokens,
+    assign `model.processor = QueritProcessor(changed_tokenizer)`.
+
     Args:
-        tokenizer: A fast tokenizer with a `[CLS]` token.
+        tokenizer: A fast tokenizer with a `[CLS]` token; it is copied.
         max_length: Maximum number of tokens in a pair, `[CLS]` included; by default that of the tokenizer, but at most
             4,096.
 
@@ -101,15 +110,33 @@ class QueritProcessor:
             raise ValueError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer: convert it to a tokenizer.json first."
             )
-        vocabulary = tokenizer.get_vocab()
-        if CLS_TOKEN not in vocabulary:
+        if tokenizer.backend_tokenizer.token_to_id(CLS_TOKEN) is None:
             raise ValueError(
                 f"The tokenizer has no {CLS_TOKEN} token, where the model reads its score; "
                 "modeling_querit.from_backbone adds one to a plain decoder."
             )
-        self.tokenizer = tokenizer
-        self.max_length = min(tokenizer.model_max_length, MAX_LENGTH) if max_length is None else max_length
-        self.cls_token_id: int = vocabulary[CLS_TOKEN]
+        self._backend = copy_backend(tokenizer.backend_tokenizer)
+        # Names of special tokens in a text are text.
+        self._backend.encode_special_tokens = True
+        self._special_tokens = {
+            name: str(value) for name, value in tokenizer.special_tokens_map.items() if name in _SPECIAL_TOKENS
+        }
+        self._reach = reach(self._backend)
+        self.max_length: int = check_count("max_length", max_length) or min(tokenizer.model_max_length, MAX_LENGTH)
+        self.cls_token_id: int = self._backend.token_to_id(CLS_TOKEN)
+        self._tokenizer = self.portable_tokenizer()
+        self._num_added_tokens = len(self._tokenizer.added_tokens_decoder)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QueritProcessor:
+        return QueritProcessor(self.portable_tokenizer(), self.max_length)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return QueritProcessor, (self.portable_tokenizer(), self.max_length)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer as a saved folder holds it; changes to it change neither scores nor what the model saves."""
+        return self._tokenizer
 
     @classmethod
     def from_pretrained(
@@ -138,7 +165,7 @@ class QueritProcessor:
         Raises:
             ValueError: if it has not.
         """
-        token, largest = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        token, largest = max(self._backend.get_vocab().items(), key=lambda item: item[1])
         if largest >= vocabulary_size:
             raise ValueError(
                 f"{name}: the tokenizer gives {one_line(token, 40)!r} the id {largest}, but the model has "
@@ -147,23 +174,17 @@ class QueritProcessor:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer as other runtimes need it: `[CLS]`, left padding, chat template, no added tokens."""
+        self._check_same_tokens()
         self.portable_tokenizer().save_pretrained(save_directory)
 
     def portable_tokenizer(self) -> PreTrainedTokenizerFast:
         """Copy the tokenizer into the generic class that every runtime loads alike."""
-        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
-        backend.encode_special_tokens = False
-        backend.no_truncation()
-        backend.no_padding()
+        backend = copy_backend(self._backend)
         # Some runtimes tokenize the rendered text with special tokens, which would put a <bos> in front.
         backend.post_processor = NoSpecialTokens([])
-        special = {
-            name: str(value)
-            for name, value in self.tokenizer.special_tokens_map.items()
-            if name in ("bos_token", "eos_token", "unk_token", "sep_token", "mask_token", "pad_token")
-        }
-        special.setdefault("pad_token", special.get("eos_token", CLS_TOKEN))
-        return PreTrainedTokenizerFast(
+        # The class would copy it once more, which takes seconds for a large vocabulary.
+        backend.__deepcopy__ = lambda memo: backend
+        portable = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             cls_token=CLS_TOKEN,
             padding_side="left",
@@ -171,8 +192,17 @@ class QueritProcessor:
             model_max_length=self.max_length,
             chat_template=CHAT_TEMPLATE,
             clean_up_tokenization_spaces=False,
-            **special,
+            **{"pad_token": self._special_tokens.get("eos_token", CLS_TOKEN)} | self._special_tokens,
         )
+        del backend.__deepcopy__
+        return portable
+
+    def _check_same_tokens(self) -> None:
+        if len(self._tokenizer.added_tokens_decoder) != self._num_added_tokens:
+            raise ValueError(
+                "Tokens were added to model.processor.tokenizer, which the processor does not know: set "
+                "model.processor = QueritProcessor(model.processor.tokenizer)."
+            )
 
     def encode(
         self,
@@ -198,7 +228,8 @@ class QueritProcessor:
         """
         if isinstance(queries, str) or isinstance(documents, str | dict):
             raise TypeError("queries and documents are lists: put a single one in brackets.")
-        limit = (self.max_length if max_length is None else max_length) - 1
+        self._check_same_tokens()
+        limit = (check_count("max_length", max_length) or self.max_length) - 1
         instructions = (
             [instruction] * len(queries) if instruction is None or isinstance(instruction, str) else instruction
         )
@@ -217,11 +248,14 @@ class QueritProcessor:
         ]
         if not prompts:
             return []
-        all_ids = self._tokenize([prompt.text for prompt in prompts])["input_ids"]
-        return [
-            EncodedPair([*ids, self.cls_token_id]) if len(ids) <= limit else self._cut(prompt, limit)
-            for ids, prompt in zip(all_ids, prompts, strict=True)
-        ]
+        short = [prompt.text for prompt in prompts if len(prompt.text) <= 2 * first_size(limit)]
+        encodings = iter(self._backend.encode_batch_fast(short, add_special_tokens=False))
+        encoded = []
+        for prompt in prompts:
+            ids = next(encodings).ids if len(prompt.text) <= 2 * first_size(limit) else None
+            is_whole = ids is not None and len(ids) <= limit
+            encoded.append(EncodedPair([*ids, self.cls_token_id]) if is_whole else self._cut(prompt, limit))
+        return encoded
 
     def __call__(
         self,
@@ -238,35 +272,28 @@ class QueritProcessor:
     def pad(self, input_ids: Sequence[Sequence[int]], return_tensors: str | None = "pt") -> BatchEncoding:
         """Pad lists of token ids on the left to the longest: `input_ids` and `attention_mask`, (batch, sequence)."""
         width = max((len(ids) for ids in input_ids), default=0)
-        pad_id = self.tokenizer.pad_token_id or 0
+        pad_id = self._backend.token_to_id(self._special_tokens.get("pad_token", CLS_TOKEN)) or 0
         batch = {
             "input_ids": [[pad_id] * (width - len(ids)) + list(ids) for ids in input_ids],
             "attention_mask": [[0] * (width - len(ids)) + [1] * len(ids) for ids in input_ids],
         }
         return BatchEncoding(batch, tensor_type=return_tensors)
 
-    def _tokenize(self, texts: list[str], **kwargs: Any) -> BatchEncoding:
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-            **kwargs,
-        )
-
     def _cut(self, prompt: _Prompt, limit: int) -> EncodedPair:
         """Cut a prompt to `limit` tokens: first the end of the document, then the end of the query."""
-        ids, offsets = self._ids_and_offsets(prompt.text)
+        ids, offsets = self._head(prompt.text, limit)
+        if len(ids) <= limit:
+            return EncodedPair([*ids, self.cls_token_id])
         fixed = sum(start < prompt.content_start for start, _ in offsets)
         if fixed <= limit:
             return EncodedPair([*ids[:limit], self.cls_token_id], cut_content=len(ids) - limit)
         # Counted by their ends: the first word of the content often shares its token with the space before it.
         cut_content = sum(end > prompt.content_start for _, end in offsets)
+        if prompt.content_start < len(prompt.text):
+            cut_content = max(cut_content, 1)
         # Tokenized separately: a query's last token may reach over its end (`?;`, `);`), and would include the `;`.
-        ids, offsets = self._ids_and_offsets(prompt.text[: prompt.query_end])
-        after = self._tokenize([prompt.text[prompt.query_end : prompt.content_start]])["input_ids"][0]
+        ids, offsets = self._head(prompt.text[: prompt.query_end], limit)
+        after = self._backend.encode(prompt.text[prompt.query_end : prompt.content_start], add_special_tokens=False).ids
         before = sum(start < prompt.query_start for start, _ in offsets)
         room = limit - before - len(after)
         if room < 0:
@@ -277,9 +304,10 @@ class QueritProcessor:
         start = ids[: before + room]
         return EncodedPair([*start, *after, self.cls_token_id], cut_content, cut_query=len(ids) - len(start))
 
-    def _ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoding = self._tokenize([text], return_offsets_mapping=True)
-        return encoding["input_ids"][0], encoding["offset_mapping"][0]
+    def _head(self, text: str, limit: int) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokenize a text, or so much of it that its first `limit` tokens are certain: ids and character offsets."""
+        encoding = first_tokens(self._backend, text, limit, self._reach)
+        return encoding.ids, encoding.offsets
 
 
 @contextmanager
@@ -341,7 +369,7 @@ def document_text(document: Document) -> str:
         document: A string, or `{"title", "text"}`; an empty or missing title adds nothing.
 
     Returns:
-        The text, in which lone surrogates are U+FFFD; stripped if the document is a mapping.
+        The text without white space at its ends, as mteb strips it; lone surrogates are U+FFFD.
 
     Raises:
         TypeError: if the document has no text, or its title is not a string.
@@ -353,7 +381,7 @@ def document_text(document: Document) -> str:
         ```
     """
     if isinstance(document, str):
-        return _clean(document, "document")
+        return _clean(document, "document").strip()
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
         raise TypeError(f"A document is a string or a dict with a 'text', not {describe(document)}.")
     title, text = document.get("title"), _clean(document["text"], "document")

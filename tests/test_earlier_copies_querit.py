@@ -61,7 +61,7 @@ print(json.dumps(results))
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_copies_of_any_version_work_beside_each_other(tmp_path):
-    rows = json.loads((SAVED_FOLDERS / "qwen3_scores.json").read_text(encoding="utf-8"))
+    rows = json.loads((SAVED_FOLDERS / "qwen3_scores.json").read_text(encoding="utf-8"))[:2]
     folders = [tmp_path / name for name in ("old", "new", "second_old", "second_new", "package")]
     for folder in folders:
         if "old" in folder.name:

@@ -57,7 +57,7 @@ PRIVATE_NAMES = {
 # Public in spite of their underscore.
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 # Set by this package on objects of classes from elsewhere.
-OURS = {"_hub_kwargs", "_processor", "_LOCKS"}
+OURS = {"_processor", "_LOCKS"}
 
 
 def is_private(name):

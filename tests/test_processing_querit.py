@@ -1,3 +1,6 @@
+import copy
+import pickle
+import threading
 import time
 
 import pytest
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_querit import QueritProcessor
-from modeling_querit.processing_querit import CHAT_TEMPLATE, CLS_TOKEN, DEFAULT_INSTRUCTION
+from modeling_querit.processing_querit import CHAT_TEMPLATE, CLS_TOKEN, DEFAULT_INSTRUCTION, document_text
 
 ANY_TEXT = st.text(max_size=40)
 # Characters on which tokenizers differ: several scripts, marks, digits, spaces, an emoji of several characters.
@@ -64,7 +67,8 @@ def plain_ids(processor, text):
 @given(query=TEXT, content=TEXT, instruction=st.one_of(st.none(), TEXT))
 def test_ids_are_those_of_the_reference(any_processor, wrapper_of, query, content, instruction):
     assume(not holds_a_token_name(any_processor.tokenizer, query, content, instruction or ""))
-    expected = reference_ids(wrapper_of(any_processor), instruction, query, content)
+    # mteb strips documents before its wrapper sees them.
+    expected = reference_ids(wrapper_of(any_processor), instruction, query, content.strip())
     pair = encode(any_processor, query, content, instruction, max_length=512)
     assert pair == (expected, 0, 0)
 
@@ -125,11 +129,15 @@ def test_mteb_joins_title_and_text_so(processor):
         assert encode(processor, "q", {"title": title, "text": text}) == encode(processor, "q", row["text"])
 
 
-@pytest.mark.parametrize("title", [None, ""])
-def test_without_a_title_the_text_is_stripped_as_mteb_does(processor, title):
-    assert encode(processor, "q", {"title": title, "text": " the text "}) == encode(processor, "q", "the text")
-    assert encode(processor, "q", {"text": " the text "}) == encode(processor, "q", "the text")
-    assert encode(processor, "q", " the text ") != encode(processor, "q", "the text")
+@pytest.mark.parametrize("text", [" the text ", "the text", "\n the text\u3000", "", " "])
+def test_a_text_is_the_same_whatever_it_comes_in(processor, text):
+    expected = encode(processor, "q", text.strip())
+    for document in (text, {"text": text}, {"title": "", "text": text}, {"title": None, "text": text}):
+        assert encode(processor, "q", document) == expected
+    loaders = pytest.importorskip("mteb._create_dataloaders")
+    row = loaders._corpus_to_dict({"id": "1", "title": "", "text": text})
+    assert encode(processor, "q", row["text"]) == expected
+    assert document_text(text) == row["text"]
 
 
 # Too long
@@ -144,7 +152,7 @@ def test_without_a_title_the_text_is_stripped_as_mteb_does(processor, title):
 )
 def test_cutting(any_processor, query, content, instruction, room):
     """What is lost is the end of the content, then the end of the query; nothing else, and no more than must be."""
-    tokenizer = any_processor.tokenizer
+    tokenizer, content = any_processor.tokenizer, content.strip()
     assume(not holds_a_token_name(tokenizer, query, content))
     # The Qwen tokenizer composes characters, so compare texts that are composed already.
     if tokenizer.backend_tokenizer.normalizer is not None:
@@ -193,7 +201,7 @@ def test_counts_of_what_was_cut(processor):
     assert cut[1:] == (7, 0)
 
     # One for every `a` and `novel`, whose letters are no words of this tokenizer.
-    of_content = len(plain_ids(processor, " " + content.rstrip())) + 1
+    of_content = len(plain_ids(processor, " " + content.rstrip()))
     none = encode(processor, query, content, max_length=fixed - 5)
     assert none[1:] == (of_content, 5)
 
@@ -276,7 +284,7 @@ def test_cutting_with_a_space_sign(space_sign_processor, query, content, room):
 
 @pytest.mark.parametrize(("query", "content"), [("", ""), ("", "text"), ("query", ""), (" ", "\n")])
 def test_empty_texts(any_processor, wrapper_of, query, content):
-    expected = reference_ids(wrapper_of(any_processor), None, query, content)
+    expected = reference_ids(wrapper_of(any_processor), None, query, content.strip())
     assert encode(any_processor, query, content).input_ids == expected
 
 
@@ -328,7 +336,8 @@ def test_a_megabyte(any_processor, document):
     assert time.process_time() - start < 30
     assert len(pair.input_ids) == 256
     assert pair.cut_query == 0
-    assert pair.cut_content > 200_000
+    # Not all of it is tokenized to be counted.
+    assert pair.cut_content > 256
 
 
 def test_names_of_special_tokens_are_text(any_processor):
@@ -524,3 +533,74 @@ def test_special_tokens_survive_the_round_trip(any_processor, round_trip):
         old.eos_token,
     )
     assert set(new.all_special_tokens) >= set(map(str, old.all_special_tokens))
+
+
+# The tokenizer within the users' reach
+
+
+def test_what_others_do_to_the_tokenizer_changes_no_ids(any_processor):
+    expected = encode(any_processor, "who wrote it", "the judge wrote a book")
+    tokenizer = any_processor.tokenizer
+    tokenizer(["the judge wrote a book"] * 2, truncation=True, max_length=3, padding="max_length")
+    tokenizer.padding_side = "right"
+    try:
+        assert encode(any_processor, "who wrote it", "the judge wrote a book") == expected
+    finally:
+        tokenizer.padding_side = "left"
+
+
+def test_threads_that_truncate_and_pad_change_no_ids(processor):
+    documents = [f"the judge wrote {count} books" for count in range(200)]
+    expected = processor.encode(["q"] * 200, documents)
+    done = threading.Event()
+
+    def truncate():
+        while not done.is_set():
+            processor.tokenizer(["the judge wrote a book"], truncation=True, max_length=3, padding="max_length")
+
+    thread = threading.Thread(target=truncate, daemon=True)
+    thread.start()
+    try:
+        for _ in range(30):
+            assert processor.encode(["q"] * 200, documents) == expected
+    finally:
+        done.set()
+        thread.join(60)
+
+
+def test_the_tokenizer_saved_by_others_is_the_one_that_a_folder_needs(any_processor, tmp_path):
+    any_processor.save_pretrained(tmp_path / "ours")
+    any_processor.tokenizer.save_pretrained(tmp_path / "theirs")
+    names = sorted(path.name for path in (tmp_path / "ours").iterdir())
+    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "theirs" / name).read_text() == (tmp_path / "ours" / name).read_text()
+
+
+def test_a_template_and_a_bos_of_its_own_stay_out(tmp_path):
+    """As decoders have them, whose tokenizer would put a <bos> in front, and render a chat."""
+    tokenizer = tiny.make_tokenizer(bos_token="<|im_end|>", chat_template="{{ messages }}", padding_side="right")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_end|> $A", special_tokens=[("<|im_end|>", 1)]
+    )
+    processor = QueritProcessor(tokenizer)
+    assert processor.tokenizer.chat_template == CHAT_TEMPLATE
+    assert processor.tokenizer("the book")["input_ids"] == plain_ids(processor, "the book")
+    assert tokenizer.chat_template == "{{ messages }}"
+
+
+def test_tokens_added_to_it_are_named():
+    processor = QueritProcessor(tiny.make_tokenizer())
+    processor.tokenizer.add_tokens(["faust"])
+    with pytest.raises(ValueError, match=r"model\.processor = QueritProcessor"):
+        encode(processor, "q", "faust")
+    changed = QueritProcessor(processor.tokenizer)
+    assert len(encode(changed, "q", "faust").input_ids) < len(encode(changed, "q", "fausu").input_ids)
+
+
+def test_copies_of_a_processor_encode_alike(any_processor):
+    expected = encode(any_processor, "who wrote it", "the judge wrote a book")
+    for copied in (copy.deepcopy(any_processor), pickle.loads(pickle.dumps(any_processor))):
+        assert encode(copied, "who wrote it", "the judge wrote a book") == expected
+        assert copied.tokenizer is not any_processor.tokenizer
+        assert copied.max_length == any_processor.max_length
