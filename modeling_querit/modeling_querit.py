@@ -26,6 +26,7 @@ from .packed_attention_querit import KeyValueStates
 from .packed_forward_querit import is_causal, run_packed
 from .packing_querit import Pack
 from .processing_querit import TOKENIZER_FILES, Document, Pair, QueritProcessor
+from .prompt_learning_querit import without_prompts
 from .ranking_querit import RankedDocument, rank_documents, score_stream
 from .saving_querit import (
     check_loaded,
@@ -334,7 +335,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             inputs = input_ids if inputs_embeds is None else inputs_embeds
             if inputs is None:
                 raise ValueError("There are no inputs: give input_ids, inputs_embeds or a pack.")
-            attention_mask, is_token = prepare_mask(attention_mask, len(inputs), self.dtype, is_causal(self.model))
+            attention_mask, is_token = prepare_mask(attention_mask, inputs.shape[0], self.dtype, is_causal(self.model))
             if position_ids is None and is_token is not None:
                 position_ids = (is_token.cumsum(-1) - 1).clamp(min=0)
             outputs = run_backbone(
@@ -386,6 +387,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
     def _public_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
 
+    @without_prompts
     def rank(
         self,
         query: str,
@@ -435,6 +437,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             show_progress_bar=show_progress_bar,
         )
 
+    @without_prompts
     def predict(
         self,
         pairs: Iterable[Pair],
@@ -455,6 +458,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
         )
         return torch.tensor([score for _, score in scored], dtype=torch.float32)
 
+    @without_prompts
     def predict_stream(
         self,
         pairs: Iterable[Pair],
@@ -588,4 +592,4 @@ def last_token(hidden_states: torch.Tensor, is_token: torch.Tensor | None) -> to
         return hidden_states[:, -1]
     positions = torch.arange(is_token.shape[1], device=is_token.device)
     last = torch.where(is_token, positions, 0).argmax(-1).to(hidden_states.device)
-    return hidden_states[torch.arange(len(last), device=hidden_states.device), last]
+    return hidden_states[torch.arange(last.shape[0], device=hidden_states.device), last]

@@ -77,7 +77,8 @@ def querit_experts_forward(
     Returns:
         Weighted sums, (tokens, hidden), in the dtype of `hidden_states`; summed in float32 at least.
     """
-    if getattr(self, "_is_expert_parallel", False) or hidden_states.device.type != "cpu":
+    is_exporting = torch.compiler.is_exporting()  # A graph cannot depend on how many tokens an expert gets.
+    if getattr(self, "_is_expert_parallel", False) or hidden_states.device.type != "cpu" or is_exporting:
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     # Both, since weights may be computed (adapters, parametrizations), and norms have parameters too.
     tensors = (hidden_states, top_k_weights, *_projections(self), *self.parameters())

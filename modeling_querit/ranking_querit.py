@@ -22,6 +22,7 @@ from .packed_attention_querit import KeyValueStates, PackingError
 from .packed_forward_querit import is_causal, rope_depends_on_length, supports_packing
 from .packing_querit import plan_packs
 from .processing_querit import Document, EncodedPair, Pair, check_count, describe
+from .prompt_learning_querit import check_no_prompt
 from .shallow_copies_querit import evaluation_copy
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def score_stream(
         raise TypeError(f"instruction is {describe(instruction)}: give one string, for all pairs.")
     if not isinstance(show_progress_bar, bool | None):
         raise TypeError(f"show_progress_bar is {describe(show_progress_bar)}: give True or False.")
+    check_no_prompt(model, "ranking")
     max_length = check_count("max_length", max_length)
     batch_tokens = check_count("batch_tokens", batch_tokens) or default_batch_tokens(model)
     if execution_device(model).type == "meta":

@@ -8,6 +8,7 @@ import tiny
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_querit import QueritProcessor
@@ -478,8 +479,6 @@ def test_the_saved_tokenizer_adds_nothing_by_itself(any_processor, portable):
 
 
 def test_the_saved_tokenizer_drops_what_a_post_processor_added(tmp_path):
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = tiny.make_tokenizer(bos_token="<|im_end|>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_end|> $A", special_tokens=[("<|im_end|>", 1)]

@@ -104,8 +104,10 @@ def _gguf_package() -> ModuleType:
 def _fingerprint() -> str:
     """Hash adapter and backbone, so that an update of either is assembled anew."""
     digest = hashlib.sha256(_gguf_package().EXPECTED_SHA256.encode())
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        digest.update((ADAPTER / name).read_bytes())
+    # The name of its base changes no weight.
+    config = json.loads((ADAPTER / "adapter_config.json").read_bytes()) | {"base_model_name_or_path": None}
+    digest.update((json.dumps(config, indent=2) + "\n").encode())
+    digest.update((ADAPTER / "adapter_model.safetensors").read_bytes())
     return digest.hexdigest()[:16]
 
 
