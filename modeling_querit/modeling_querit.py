@@ -194,7 +194,8 @@ class QueritPreTrainedModel(PreTrainedModel):
             return None
         try:
             processor = QueritProcessor.from_pretrained(name_or_path, **kwargs)
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            # A repository is not looked through for files that it may lack.
             if is_folder:
                 raise
             logger.warning(f"The model is loaded without a tokenizer, and cannot rank: {error}")

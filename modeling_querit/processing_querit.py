@@ -35,6 +35,11 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "mask_tok
 # Maximum number of tokens in a pair for the published models, `[CLS]` included.
 MAX_LENGTH = 4096
 
+TEMPLATE_END = (
+    "{%- if ns.title -%}{%- set ns.document = ns.title + ' ' + ns.document -%}{%- endif -%}"
+    "{{- ns.document | trim -}}"
+    "{{- '" + CLS_TOKEN + "' -}}"
+)
 # The same text for runtimes that render messages: sentence-transformers, vLLM. They have no default system message,
 # so the template holds the default instruction.
 CHAT_TEMPLATE = (
@@ -46,9 +51,12 @@ CHAT_TEMPLATE = (
     "{%- elif message['role'] == 'document' -%}{%- set ns.document = message['content'] -%}"
     "{%- endif -%}"
     "{%- endfor -%}"
-    "{{- ns.instruction + ' Query: ' + ns.query + '; Content: ' -}}"
-    "{%- if ns.title -%}{%- set ns.document = ns.title + ' ' + ns.document -%}{%- endif -%}"
-    "{{- ns.document | trim -}}"
+    "{{- ns.instruction + ' Query: ' + ns.query + '; Content: ' -}}" + TEMPLATE_END
+)
+
+# The end of the template in folders saved before documents without a title were stripped.
+EARLIER_TEMPLATE_END = (
+    "{%- if ns.title -%}{{- (ns.title + ' ' + ns.document) | trim -}}{%- else -%}{{- ns.document -}}{%- endif -%}"
     "{{- '" + CLS_TOKEN + "' -}}"
 )
 
@@ -77,17 +85,17 @@ class QueritProcessor:
     """Turns queries and documents into model inputs, exactly as the reference does (mteb's `QueritWrapper`).
 
     The text is `"{instruction} Query: {query}; Content: {document}"`, tokenized as one string without special
-    tokens, followed by the id of `[CLS]`. Title and text of a document are joined by a space; white space at the ends of
-    a document is dropped, whether it is a string or has a title. Where the reference is silent or wrong:
+    tokens, followed by the id of `[CLS]`. Title and text of a document are joined by a space, and white space at its
+    ends is dropped, whether it is a string or has a title. Where the reference is silent or wrong:
 
     - A pair over `max_length` loses the end of its document, then the end of its query, and never anything of the
       instruction, the words in between or `[CLS]`; the reference drops the first tokens too.
     - The name of a special token in a text (`[CLS]`, `<|im_end|>`) is text; the reference reads it as the token.
     - A lone surrogate, which is no character, becomes U+FFFD.
 
-    `tokenizer` is there for others: it is what a saved folder holds, and anybody may let it pad, truncate or save itself,
-    a Trainer for example, since pairs are encoded by a copy that nothing changes. To rank and save with other tokens,
-    assign `model.processor = QueritProcessor(changed_tokenizer)`.
+    `tokenizer` is there for others: it is what a saved folder holds, and anybody may let it pad, truncate or save
+    itself, a Trainer for example, since pairs are encoded by a copy that nothing changes. To rank and save with other
+    tokens, assign `model.processor = QueritProcessor(changed_tokenizer)`.
 
     Args:
         tokenizer: A fast tokenizer with a `[CLS]` token; it is copied.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class without_prompts:  # noqa: N801 - a decorator
+class without_prompts:
     """Decorator of methods that would leave a learned prompt out: prompt tuning, prefix tuning, p-tuning.
 
     peft puts the prompt before the inputs in its own `forward`, and hands on all other attributes of the model that it

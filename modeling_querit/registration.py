@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -60,15 +61,17 @@ class _RegisteringFinder(MetaPathFinder):
 
     def register_imported(self) -> None:
         """Register the config if `AutoConfig` is imported, and the models if `AutoModel` is, which ends the task."""
-        if _CONFIG_MODULE in sys.modules:
-            _register_config()
-        if _MODEL_MODULE in sys.modules:
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            try:
+        try:
+            if _CONFIG_MODULE in sys.modules:
+                _register_config()
+            if _MODEL_MODULE in sys.modules:
+                with suppress(ValueError):
+                    # Not there if another thread was faster.
+                    sys.meta_path.remove(self)
                 _register_models()
-            except ImportError:
-                # Another thread is importing one of the modules right now: the next import tries again.
+        except (ImportError, AttributeError):
+            # Another thread is importing one of the modules right now: the next import tries again.
+            if self not in sys.meta_path:
                 sys.meta_path.insert(0, self)
 
 

@@ -1,9 +1,12 @@
+import copy
 import math
+import re
 import sys
 import time
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -423,3 +426,56 @@ def test_an_error_names_what_is_not_a_pair(model, pairs):
 def test_a_list_of_instructions_is_refused(model):
     with pytest.raises(TypeError, match="give one string"):
         model.predict(tiny.pairs(), ["one"] * len(tiny.pairs()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"max_length": 64.0}, TypeError, "max_length is float 64.0"),
+        ({"max_length": 0}, ValueError, "max_length is 0"),
+        ({"max_length": True}, TypeError, "max_length is bool True"),
+        ({"batch_tokens": True}, TypeError, "batch_tokens is bool True"),
+        ({"batch_tokens": "x"}, TypeError, "batch_tokens is str 'x'"),
+        ({"batch_tokens": math.nan}, TypeError, "batch_tokens is float nan"),
+        ({"top_k": "x"}, TypeError, "top_k is str 'x'"),
+        ({"top_k": 1.0}, TypeError, "top_k is float 1.0"),
+        ({"top_k": torch.tensor(1.5)}, TypeError, "top_k is Tensor"),
+        ({"instruction": ["a"]}, TypeError, "instruction is list"),
+        ({"show_progress_bar": "no"}, TypeError, "show_progress_bar is str 'no'"),
+        ({"query": None}, TypeError, "query is NoneType None"),
+        ({"documents": 5}, TypeError, "documents is int 5"),
+        ({"documents": b"a text"}, TypeError, "documents is bytes"),
+    ],
+)
+def test_arguments_of_other_types_are_named_before_anything_is_read(models, arguments, error, words):
+    def documents():
+        pytest.fail("read")
+        yield
+
+    with pytest.raises(error, match=re.escape(words)) as caught:
+        models("qwen3").rank(**{"query": tiny.QUERY, "documents": documents()} | arguments)
+    assert "\n" not in str(caught.value)
+    if not arguments.keys() & {"top_k", "query", "documents"}:
+        with pytest.raises(error, match=re.escape(words)):
+            models("qwen3").predict(documents(), **arguments)
+
+
+def test_integers_of_other_libraries_are_integers(models):
+    expected = models("qwen3").rank(tiny.QUERY, tiny.DOCUMENTS, top_k=2, max_length=64)
+    given = models("qwen3").rank(tiny.QUERY, tiny.DOCUMENTS, top_k=np.int64(2), max_length=torch.tensor(64))
+    assert given == expected
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_one_bad_score_among_thousands_is_named(models, as_dict):
+    model = copy.deepcopy(models("qwen3"))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[model.processor.tokenizer.convert_tokens_to_ids("Z")] = math.nan
+    documents = ["x"] * 3000
+    documents[2900] = "Z"
+    if as_dict:
+        documents = [{"_id": f"doc-{index}", "text": text} for index, text in enumerate(documents)]
+    with pytest.raises(
+        ValueError, match=r"document 2900 \(id str 'doc-2900'\) is NaN" if as_dict else "document 2900 is NaN"
+    ):
+        model.rank(tiny.QUERY, documents)

@@ -27,6 +27,7 @@ from transformers.utils import extract_commit_hash
 from ..cards import NOTICE_FILE, Terms, combine_terms, read_terms
 from ..files import atomic_folder
 from ..modeling_querit import QueritForSequenceRanking
+from ..processing_querit import EARLIER_TEMPLATE_END, TEMPLATE_END
 from ..validation_querit import CONFIG_FILE, read_json_object
 from .adapters import ADAPTER_CONFIG, apply_adapter, base_model_of
 from .loading import check_head, check_local_path, is_reranker, load_for_training, unreachable
@@ -78,16 +79,18 @@ class Checkpoint:
 
     @property
     def chat_template(self) -> str:
-        """Chat template, which formats the text of a pair."""
+        """Chat template, which formats the text of a pair; one of an earlier version as this version writes it."""
         for path in self.tokenizer:
             if path.name == "chat_template.jinja":
-                return path.read_text(encoding="utf-8")
+                return path.read_text(encoding="utf-8").replace(EARLIER_TEMPLATE_END, TEMPLATE_END)
         return self.model.processor.portable_tokenizer().chat_template
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer as other runtimes need it; files that are like that already are copied."""
         for path in self.tokenizer:
             shutil.copyfile(path, folder / path.name)
+            if path.name == "chat_template.jinja":
+                (folder / path.name).write_text(self.chat_template, encoding="utf-8")
         if not self.tokenizer:
             self.model.processor.save_pretrained(folder)
 
