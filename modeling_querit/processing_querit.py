@@ -118,7 +118,8 @@ class QueritProcessor:
             raise ValueError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer: convert it to a tokenizer.json first."
             )
-        if tokenizer.backend_tokenizer.token_to_id(CLS_TOKEN) is None:
+        cls_token_id = tokenizer.backend_tokenizer.token_to_id(CLS_TOKEN)
+        if cls_token_id is None:
             raise ValueError(
                 f"The tokenizer has no {CLS_TOKEN} token, where the model reads its score; "
                 "modeling_querit.from_backbone adds one to a plain decoder."
@@ -131,7 +132,7 @@ class QueritProcessor:
         }
         self._reach = reach(self._backend)
         self.max_length: int = check_count("max_length", max_length) or min(tokenizer.model_max_length, MAX_LENGTH)
-        self.cls_token_id: int = self._backend.token_to_id(CLS_TOKEN)
+        self.cls_token_id: int = cls_token_id
         self._tokenizer = self.portable_tokenizer()
         self._num_added_tokens = len(self._tokenizer.added_tokens_decoder)
 
@@ -191,7 +192,7 @@ class QueritProcessor:
         # Some runtimes tokenize the rendered text with special tokens, which would put a <bos> in front.
         backend.post_processor = NoSpecialTokens([])
         # The class would copy it once more, which takes seconds for a large vocabulary.
-        backend.__deepcopy__ = lambda memo: backend
+        backend.__deepcopy__ = lambda memo: backend  # type: ignore[attr-defined]
         portable = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             cls_token=CLS_TOKEN,
@@ -202,7 +203,7 @@ class QueritProcessor:
             clean_up_tokenization_spaces=False,
             **{"pad_token": self._special_tokens.get("eos_token", CLS_TOKEN)} | self._special_tokens,
         )
-        del backend.__deepcopy__
+        del backend.__deepcopy__  # type: ignore[attr-defined]
         return portable
 
     def _check_same_tokens(self) -> None:
@@ -256,13 +257,14 @@ class QueritProcessor:
         ]
         if not prompts:
             return []
-        short = [prompt.text for prompt in prompts if len(prompt.text) <= 2 * first_size(limit)]
-        encodings = iter(self._backend.encode_batch_fast(short, add_special_tokens=False))
+        is_short = [len(prompt.text) <= 2 * first_size(limit) for prompt in prompts]
+        texts = [prompt.text for prompt, short in zip(prompts, is_short, strict=True) if short]
+        encodings = iter(self._backend.encode_batch_fast(texts, add_special_tokens=False))
         encoded = []
-        for prompt in prompts:
-            ids = next(encodings).ids if len(prompt.text) <= 2 * first_size(limit) else None
-            is_whole = ids is not None and len(ids) <= limit
-            encoded.append(EncodedPair([*ids, self.cls_token_id]) if is_whole else self._cut(prompt, limit))
+        for prompt, short in zip(prompts, is_short, strict=True):
+            ids = next(encodings).ids if short else None
+            fits = ids is not None and len(ids) <= limit
+            encoded.append(EncodedPair([*(ids or []), self.cls_token_id]) if fits else self._cut(prompt, limit))
         return encoded
 
     def __call__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,6 @@ class without_prompts:
 
     def __init__(self, method: Callable[..., Any]):
         self.method = method
-        functools.update_wrapper(self, method)
 
     def __get__(self, model: Any, owner: type | None = None) -> Callable[..., Any]:
         # The model does not know what wraps it: only the caller that asks for the attribute on its behalf does.
@@ -41,8 +39,8 @@ def check_no_prompt(model: Any, name: str) -> None:
     Raises:
         NotImplementedError: if it has one.
     """
-    config = getattr(model, "active_peft_config", None) if hasattr(type(model), "active_peft_config") else None
-    if getattr(config, "is_prompt_learning", False) and model.has_active_enabled_adapter:
+    config: Any = getattr(model, "active_peft_config", None) if hasattr(type(model), "active_peft_config") else None
+    if config is not None and config.is_prompt_learning and model.has_active_enabled_adapter:
         raise NotImplementedError(
             f"{name} would leave out the learned prompt of this {config.peft_type.value} adapter, and give the scores "
             "of the model without it: use an adapter of weights, such as LoRA, or `get_base_model()` for those scores."

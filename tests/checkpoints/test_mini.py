@@ -32,6 +32,8 @@ def test_the_adapter_is_small_and_safe():
     assert files["adapter_model.safetensors"] <= 16_000_000
     with safe_open(mini.ADAPTER / "adapter_model.safetensors", "pt") as tensors:
         assert any("score" in key for key in tensors.keys())  # noqa: SIM118
+    config = json.loads((mini.ADAPTER / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == mini.BASE_REPOSITORY
     assert "ai.google.dev/gemma/terms" in (mini.ADAPTER / "README.md").read_text()
 
 
