@@ -47,8 +47,8 @@ def find_tasks(tasks: Sequence[str], benchmarks: Sequence[Benchmark], languages:
     import mteb
 
     try:
-        found = [mteb.get_task(name, languages=list(languages) or None) for name in tasks]
-        for task in found:
+        selected = [mteb.get_task(name, languages=list(languages) or None) for name in tasks]
+        for task in selected:
             if not _ranks(task):
                 raise ValueError(f"{task.metadata.name} is a task of type {task.metadata.type}: name one that ranks.")
         for benchmark in benchmarks:
@@ -60,10 +60,10 @@ def find_tasks(tasks: Sequence[str], benchmarks: Sequence[Benchmark], languages:
             ]
             if not of_benchmark:
                 raise ValueError(f"{benchmark.name} has no ranking task of type {' or '.join(types) or 'Retrieval'}.")
-            found += [task.filter_languages(list(languages)) if languages else task for task in of_benchmark]
+            selected += [task.filter_languages(list(languages)) if languages else task for task in of_benchmark]
     except KeyError as error:
         raise ValueError(f"mteb: {str(error.args[0]).removeprefix('KeyError: ')}") from None
-    unique = {task.metadata.name: task for task in found if _has_subsets(task)}
+    unique = {task.metadata.name: task for task in selected if _has_subsets(task)}
     if not unique:
         raise ValueError(f"No task is in {', '.join(languages)}: name languages as mteb does, such as deu.")
     return list(unique.values())

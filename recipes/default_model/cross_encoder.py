@@ -1,8 +1,8 @@
 """Train the strong cross-encoder: `python -m recipes.default_model.cross_encoder`.
 
-EmbeddingGemma with adapters on all its linear layers and a head of two logits, read at the last token of the text of
-the contract. Warm-up, then a constant rate; `--decay STEPS` ends a run. The same command goes on where it stopped;
-row files that have come since are used from then on. `--export FOLDER` writes the model as a Querit folder.
+EmbeddingGemma with adapters on all linear layers and a head of two logits on the last token of the published input
+format. The learning rate is constant after a warm-up; `--decay STEPS` anneals it to zero and ends the run. The same
+command resumes an interrupted run and reads row files that were added since. `--export FOLDER` writes a Querit folder.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from .measure import draw_curve, measure, read_lists
 from .package import QueritForSequenceRanking, from_backbone, listwise_kl, pointwise_bce
 from .stream import Stream
 
-# Beyond this score p1 - p0 counts as saturated.
+# Scores p1 - p0 whose magnitude exceeds this count as saturated.
 SATURATED = 0.99
 
 
 class CrossEncoder(nn.Module):
-    """Backbone and head, and how they read pairs.
+    """The backbone with adapters, and the ranking head.
 
     Args:
         weights: Folder of EmbeddingGemma.
-        rank, alpha: Of the adapters; with a rank of 0 all weights of the layers are trained.
-        compiled: Whether the training pass is compiled.
-        teacher: State of a trained one whose weights and head to start from.
-        layers: Numbers of the layers that are kept of it; all by default.
+        rank: Rank of the adapters; 0 trains the full weights of the linear layers.
+        alpha: Numerator of the adapters' scale, `alpha / rank`.
+        compiled: Flag that compiles the forward pass with `torch.compile`.
+        teacher: Training state of another cross-encoder, to initialize from.
+        layers: Indices of the layers to keep; all by default.
     """
 
     def __init__(
@@ -54,29 +55,29 @@ class CrossEncoder(nn.Module):
         layers: Sequence[int] | None = None,
     ):
         super().__init__()
-        whole = untrained(weights)
+        reranker = untrained(weights)
         if teacher is not None:
-            load_into(teacher, whole)
+            load_into(teacher, reranker)
         if layers is not None:
-            keep_layers(whole, layers)
-        self.processor = whole.processor
-        self.backbone = FastGemma(whole.model, rank, alpha, compiled)
-        self.head = nn.Linear(whole.model.config.hidden_size, 2)
+            keep_layers(reranker, layers)
+        self.processor = reranker.processor
+        self.backbone = FastGemma(reranker.model, rank, alpha, compiled)
+        self.head = nn.Linear(reranker.model.config.hidden_size, 2)
         with torch.no_grad():
-            # Of an untrained one it is zero.
-            self.head.weight.copy_(whole.score.weight)
-            self.head.bias.copy_(whole.score.bias)
+            # Zero unless initialized from a teacher.
+            self.head.weight.copy_(reranker.score.weight)
+            self.head.bias.copy_(reranker.score.bias)
 
     def forward(self, query: str, documents: Sequence[dict], max_length: int) -> tuple[Tensor, int]:
-        """Logit differences z1 - z0, (documents,), and the count of tokens."""
+        """Logit differences z1 - z0, (documents,), and the number of tokens."""
         pairs = self.processor.encode([query] * len(documents), list(documents), max_length=max_length)
         logits = self.head(self.backbone([pair.input_ids for pair in pairs]))
         return logits[:, 1] - logits[:, 0], sum(len(pair.input_ids) for pair in pairs)
 
 
 def untrained(weights: Path) -> QueritForSequenceRanking:
-    """EmbeddingGemma as a Querit reranker, its head at zero; `[CLS]` starts as the token that ended all its texts."""
-    # The one row that the vocabulary grows by is never used: transformers' estimate for it would take half a minute.
+    """EmbeddingGemma as a Querit reranker with a zero head; `[CLS]` is initialized from the end-of-sequence token."""
+    # The row that the vocabulary grows by is overwritten below; transformers' mean initialization takes half a minute.
     grown = partialmethod(PreTrainedModel.resize_token_embeddings, mean_resizing=False)
     with patch.object(PreTrainedModel, "resize_token_embeddings", grown):
         model = from_backbone(weights)
@@ -86,23 +87,23 @@ def untrained(weights: Path) -> QueritForSequenceRanking:
     return model
 
 
-def load_into(state: Path, whole: QueritForSequenceRanking) -> None:
-    """Put what was trained with adapters into a model of all layers."""
-    with safe_open(state, "pt") as found, torch.no_grad():
-        scale = json.loads(found.metadata()["state"]).get("scale", 1.0)
-        for number, layer in enumerate(whole.model.layers):
+def load_into(state: Path, reranker: QueritForSequenceRanking) -> None:
+    """Merge the adapters and the head of a training state into a reranker with all layers."""
+    with safe_open(state, "pt") as file, torch.no_grad():
+        scale = json.loads(file.metadata()["state"]).get("scale", 1.0)
+        for number, layer in enumerate(reranker.model.layers):
             for part in PARTS:
                 key = f"backbone.layers.{number}.{part.split('.')[1]}"
                 target = layer.get_submodule(part).weight
-                target += scale * found.get_tensor(f"{key}.b") @ found.get_tensor(f"{key}.a")
-        whole.score.weight.copy_(found.get_tensor("head.weight"))
-        whole.score.bias.copy_(found.get_tensor("head.bias"))
+                target += scale * file.get_tensor(f"{key}.b") @ file.get_tensor(f"{key}.a")
+        reranker.score.weight.copy_(file.get_tensor("head.weight"))
+        reranker.score.bias.copy_(file.get_tensor("head.bias"))
 
 
-def keep_layers(whole: QueritForSequenceRanking, layers: Sequence[int]) -> None:
-    """Drop all other layers of a model."""
-    backbone = whole.model
-    for config in (backbone.config, whole.config.text_config):
+def keep_layers(reranker: QueritForSequenceRanking, layers: Sequence[int]) -> None:
+    """Drop all layers of a reranker but these."""
+    backbone = reranker.model
+    for config in (backbone.config, reranker.config.text_config):
         config.layer_types = [backbone.layers[number].self_attn.layer_type for number in layers]
         config.num_hidden_layers = len(layers)
     backbone.layers = nn.ModuleList(backbone.layers[number] for number in layers)
@@ -111,31 +112,33 @@ def keep_layers(whole: QueritForSequenceRanking, layers: Sequence[int]) -> None:
 
 
 def main() -> None:
-    """Train, or export what was trained."""
+    """Train, or export the trained model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--rows", type=Path, nargs="+", default=[Path("runs/default_model/rows/human")])
     parser.add_argument("--validation", type=Path, default=Path("runs/default_model/validation.jsonl"))
-    parser.add_argument("--validation-lists", type=int, default=5, help="of each source")
+    parser.add_argument("--validation-lists", type=int, default=5, help="lists per source")
     parser.add_argument("--weights", type=Path, default=Path("runs/weights/embeddinggemma-300m/model_download"))
     parser.add_argument("--out", type=Path, default=Path("runs/default_model/cross_encoder"))
-    parser.add_argument("--teacher", type=Path, help="state.safetensors of a trained one, to start from")
-    parser.add_argument("--layers", type=int, nargs="+", help="those that are kept of it")
-    parser.add_argument("--rank", type=int, default=32, help="of the adapters; 0: all weights of the layers")
+    parser.add_argument("--teacher", type=Path, help="state.safetensors of another run, to initialize from")
+    parser.add_argument("--layers", type=int, nargs="+", help="indices of the layers to keep")
+    parser.add_argument("--rank", type=int, default=32, help="rank of the adapters; 0 trains the full weights")
     parser.add_argument("--alpha", type=float, default=32.0)
-    parser.add_argument("--rate", type=float, default=2e-4, help="of the adapters")
-    parser.add_argument("--head-rate", type=float, default=1e-4)
+    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of the adapters")
+    parser.add_argument("--head-rate", type=float, default=1e-4, help="learning rate of the head")
     parser.add_argument("--warmup", type=int, default=20)
-    parser.add_argument("--queries", type=int, default=4, help="of a step")
+    parser.add_argument("--queries", type=int, default=4, help="queries per step")
     parser.add_argument("--max-length", type=int, default=160)
     parser.add_argument("--long-length", type=int, default=384)
     parser.add_argument("--long-share", type=float, default=0.1)
     parser.add_argument("--pointwise", type=float, default=0.2, help="weight of the pointwise loss")
-    parser.add_argument("--temperature", type=float, default=0.1, help="of soft labels: theirs are tenths of nats")
-    parser.add_argument("--hard-temperature", type=float, default=0.2, help="of labels 0 and 1")
+    parser.add_argument("--temperature", type=float, default=0.1, help="temperature of soft labels, which span 10 nats")
+    parser.add_argument("--hard-temperature", type=float, default=0.2, help="temperature of labels 0 and 1")
     parser.add_argument("--clip", type=float, default=1.0)
-    parser.add_argument("--steps", type=int, default=1_000_000, help="of the whole run")
-    parser.add_argument("--decay", type=int, default=0, help="steps from now over which the rate falls to zero")
+    parser.add_argument("--steps", type=int, default=1_000_000, help="steps of the whole run")
+    parser.add_argument(
+        "--decay", type=int, default=0, help="steps from now over which the learning rate decays to zero"
+    )
     parser.add_argument("--measure-every", type=int, default=100)
     parser.add_argument("--save-seconds", type=float, default=480)
     parser.add_argument("--seed", type=int, default=0)
@@ -151,7 +154,7 @@ def main() -> None:
 
 
 def train(settings: argparse.Namespace) -> None:
-    """Train until `--steps`, or until stopped."""
+    """Train until `--steps`, or until SIGTERM."""
     model = CrossEncoder(
         settings.weights, settings.rank, settings.alpha, teacher=settings.teacher, layers=settings.layers
     )
@@ -180,18 +183,18 @@ def train(settings: argparse.Namespace) -> None:
             share *= max(0.0, (last - step) / settings.decay)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * share
-        found = train_step(model, optimizer, stream.step(step, settings.queries), settings, step)
+        metrics = train_step(model, optimizer, stream.step(step, settings.queries), settings, step)
         seconds = time.monotonic() - began
         state["seconds"] += seconds
-        state["tokens"] += found["tokens"]
+        state["tokens"] += metrics["tokens"]
         state["queries"] += settings.queries
         state["counts"] = stream.counts
-        line = {"step": step, **found, "seconds": round(seconds, 1), "rate": round(settings.rate * share, 7)}
+        line = {"step": step, **metrics, "seconds": round(seconds, 1), "rate": round(settings.rate * share, 7)}
         append(settings.out / "train.jsonl", line)
         if step % 10 == 0:
             print(
-                f"{time.strftime('%H:%M:%S')} step {step}: loss {found['loss']:.3f} of {found['chance']:.3f}, "
-                f"{found['tokens'] / seconds:.0f} tokens/s, {state['seconds'] / 3600:.2f} h of training, "
+                f"{time.strftime('%H:%M:%S')} step {step}: loss {metrics['loss']:.3f} of {metrics['chance']:.3f}, "
+                f"{metrics['tokens'] / seconds:.0f} tokens/s, {state['seconds'] / 3600:.2f} h of training, "
                 f"{(last - step) * seconds / 3600:.1f} h left",
                 flush=True,
             )
@@ -200,8 +203,8 @@ def train(settings: argparse.Namespace) -> None:
             began = time.monotonic()
             result = measure(model, lists, settings.max_length)
             result["took"] = round(time.monotonic() - began)
-            known = {name: state[name] for name in ("step", "queries", "tokens")}
-            append(settings.out / "validation.jsonl", known | {"hours": round(state["seconds"] / 3600, 3)} | result)
+            counters = {name: state[name] for name in ("step", "queries", "tokens")}
+            append(settings.out / "validation.jsonl", counters | {"hours": round(state["seconds"] / 3600, 3)} | result)
             draw_curve(settings.out)
             print(f"validation: {result['mean']}", flush=True)
             saved = time.monotonic()
@@ -214,11 +217,11 @@ def train(settings: argparse.Namespace) -> None:
 def train_step(
     model: CrossEncoder, optimizer: torch.optim.Optimizer, rows: list[dict], settings: argparse.Namespace, step: int
 ) -> dict:
-    """One step of the optimizer; what is told of it."""
-    losses, chances, firsts, saturated, tokens = [], [], [], [], 0
+    """Take one optimizer step and return its metrics."""
+    losses, chance_losses, top_hits, saturated, tokens = [], [], [], [], 0
     is_long = random.Random(f"long/{settings.seed}/{step}").random() < settings.long_share
     for row in rows:
-        # One query's graph at a time: so little memory is needed that nothing is computed twice.
+        # One query's graph at a time fits in memory without gradient checkpointing.
         scores, count = model(row["query"], row["texts"], settings.long_length if is_long else settings.max_length)
         labels = torch.tensor(row["labels"])
         ids = torch.zeros(len(labels), dtype=torch.long)
@@ -229,22 +232,22 @@ def train_step(
             loss = loss + settings.pointwise * pointwise_bce(scores, relevance, ids)
         (loss / len(rows)).backward()
         with torch.no_grad():
-            none = torch.zeros_like(scores)
+            zeros = torch.zeros_like(scores)
             losses.append(listwise_kl(scores, labels, ids, temperature).item())
-            chances.append(listwise_kl(none, labels, ids, temperature).item())
-            firsts.append(float(labels[scores.argmax()] == labels.max()))
+            chance_losses.append(listwise_kl(zeros, labels, ids, temperature).item())
+            top_hits.append(float(labels[scores.argmax()] == labels.max()))
             saturated.append((torch.tanh(scores / 2).abs() > SATURATED).float().mean().item())
         tokens += count
     norm = nn.utils.clip_grad_norm_(
-        [each for group in optimizer.param_groups for each in group["params"]], settings.clip
+        [parameter for group in optimizer.param_groups for parameter in group["params"]], settings.clip
     )
     optimizer.step()
     optimizer.zero_grad()
     model.backbone.merge()
     return {
         "loss": round(sum(losses) / len(losses), 4),
-        "chance": round(sum(chances) / len(chances), 4),
-        "first": sum(firsts) / len(firsts),
+        "chance": round(sum(chance_losses) / len(chance_losses), 4),
+        "first": sum(top_hits) / len(top_hits),
         "saturated": round(sum(saturated) / len(saturated), 3),
         "norm": round(float(norm), 3),
         "tokens": tokens,
@@ -253,31 +256,31 @@ def train_step(
 
 
 def save(path: Path, model: CrossEncoder, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Write parameters, the optimizer's means and the counters, all or nothing."""
+    """Write parameters, optimizer moments and counters, atomically."""
     tensors = {}
     for name, parameter in model.named_parameters():
         tensors[name] = parameter.detach()
         for kind in ("exp_avg", "exp_avg_sq"):
             if kind in optimizer.state[parameter]:
                 tensors[f"{kind}.{name}"] = optimizer.state[parameter][kind]
-    aside = path.with_suffix(".aside")
-    save_file(tensors, aside, metadata={"state": json.dumps(state)})
-    os.replace(aside, path)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+    os.replace(temporary, path)
 
 
 def restore(path: Path, model: CrossEncoder, optimizer: torch.optim.Optimizer | None) -> dict:
-    """Read what `save` wrote, if there is anything; the counters."""
+    """Load a state written by `save`, if there is one; returns the counters."""
     state = {"step": 0, "seconds": 0.0, "tokens": 0, "queries": 0, "counts": {}}
     if path.exists():
-        with safe_open(path, "pt") as found, torch.no_grad():
-            state = json.loads(found.metadata()["state"])
-            names = set(found.keys())
+        with safe_open(path, "pt") as file, torch.no_grad():
+            state = json.loads(file.metadata()["state"])
+            names = set(file.keys())
             for name, parameter in model.named_parameters():
-                parameter.copy_(found.get_tensor(name))
+                parameter.copy_(file.get_tensor(name))
                 if optimizer is not None and f"exp_avg.{name}" in names:
                     optimizer.state[parameter] = {
                         "step": torch.tensor(float(state["step"])),
-                        **{kind: found.get_tensor(f"{kind}.{name}") for kind in ("exp_avg", "exp_avg_sq")},
+                        **{kind: file.get_tensor(f"{kind}.{name}") for kind in ("exp_avg", "exp_avg_sq")},
                     }
         model.backbone.merge()
     return state
@@ -287,27 +290,27 @@ def export(settings: argparse.Namespace) -> None:
     """Write the trained model as a Querit folder, bfloat16."""
     model = CrossEncoder(settings.weights, settings.rank, settings.alpha, False, settings.teacher, settings.layers)
     restore(settings.out / "state.safetensors", model, None)
-    whole = untrained(settings.weights)
+    reranker = untrained(settings.weights)
     if settings.layers is not None:
-        keep_layers(whole, settings.layers)
-    model.backbone.write_to(whole.model)
+        keep_layers(reranker, settings.layers)
+    model.backbone.write_to(reranker.model)
     with torch.no_grad():
-        whole.score.weight.copy_(model.head.weight)
-        whole.score.bias.copy_(model.head.bias)
-    whole.to(torch.bfloat16).save_pretrained(settings.export)
+        reranker.score.weight.copy_(model.head.weight)
+        reranker.score.bias.copy_(model.head.bias)
+    reranker.to(torch.bfloat16).save_pretrained(settings.export)
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps that were not saved and come again."""
+    """Drop the lines of steps after the saved one, as they are run again."""
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-        aside = path.with_suffix(".aside")
-        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(aside, path)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def append(path: Path, line: dict) -> None:
-    """Add a line to a JSON lines file."""
+    """Append a line to a JSON Lines file."""
     with path.open("a", encoding="utf-8") as out:
         out.write(json.dumps(line, ensure_ascii=False) + "\n")
 

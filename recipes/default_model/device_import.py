@@ -1,6 +1,6 @@
-"""Take over what a GPU machine has trained: `python -m recipes.default_model.device_import --from FOLDER`.
+"""Import adapters trained on a GPU machine: `python -m recipes.default_model.device_import --from FOLDER`.
 
-Writes it as a state of `cross_encoder`, which measures, exports or trains on with `--out` of the same folder.
+Writes them as a training state of `cross_encoder`, which resumes or exports it with the same folder as `--out`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 
 def main() -> None:
-    """Read the files and write `state.safetensors`."""
+    """Read the adapters and write `state.safetensors`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--from", dest="folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/default_model/cross_encoder_gpu"))
@@ -35,9 +35,9 @@ def main() -> None:
         raise ValueError(f"{settings.folder}: {len(values)} values where the shapes ask for {start}.")
     settings.out.mkdir(parents=True, exist_ok=True)
     state = {"step": about["step"], "seconds": 0.0, "tokens": 0, "queries": 0, "counts": {}}
-    aside = settings.out / "state.aside"
-    save_file({name: each.contiguous() for name, each in tensors.items()}, aside, {"state": json.dumps(state)})
-    os.replace(aside, settings.out / "state.safetensors")
+    temporary = settings.out / "state.tmp"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"state": json.dumps(state)})
+    os.replace(temporary, settings.out / "state.safetensors")
 
 
 if __name__ == "__main__":

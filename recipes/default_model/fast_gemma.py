@@ -1,8 +1,8 @@
-"""Gemma 3 with attention in both directions, on texts without padding, with adapters: made for training on one core.
+"""Bidirectional Gemma 3 with adapters on unpadded texts, for training on a single CPU core.
 
-The numbers are those of transformers' `Gemma3TextModel` with `use_bidirectional_attention`; the weights are read from
-one. What makes it fast there: no padding, adapters merged before each step (so that the forward pass has no small
-products), attention as plain products text by text, and everything between the products compiled.
+It computes the same states as transformers' `Gemma3TextModel` with `use_bidirectional_attention`, from which it takes
+the weights. It is fast on a CPU because nothing is padded, adapters are merged before each step (so that the forward
+pass has no small matrix products), attention runs text by text, and all elementwise operations are compiled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from .package import fastest_dtypes
 
-# Of the products: bfloat16 where the processor multiplies it faster than float32.
+# Dtype of matrix products: bfloat16 where the processor multiplies it faster than float32.
 DTYPE = fastest_dtypes(torch.device("cpu"), torch.bfloat16).products
 PARTS = (
     "self_attn.q_proj",
@@ -31,12 +31,12 @@ PARTS = (
 
 
 class Adapter(nn.Module):
-    """A frozen linear layer and its low-rank change: `W + scale * B A`.
+    """A frozen linear layer with a low-rank update, `W + scale * B A`.
 
     Args:
-        weight: Of the linear layer, (out, in), float32: between two bfloat16 numbers a small change is not lost.
-        rank: Of the change.
-        scale: Factor of the change (`alpha / rank`).
+        weight: Weight of the linear layer, (out, in); kept in float32, as bfloat16 would round small updates away.
+        rank: Rank of the update.
+        scale: Factor of the update, `alpha / rank`.
     """
 
     def __init__(self, weight: Tensor, rank: int, scale: float):
@@ -49,13 +49,13 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Take over what the optimizer has changed."""
+        """Refresh the copies in `DTYPE` after an optimizer step."""
         self.merged = self.changed().to(DTYPE)
         self.a_low, self.b_low = self.a.to(DTYPE), self.b.to(DTYPE)
 
     @torch.no_grad()
     def changed(self) -> Tensor:
-        """The weight with its change, float32."""
+        """The weight with its update, float32."""
         return torch.addmm(self.weight, self.b, self.a, alpha=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,10 +64,10 @@ class Adapter(nn.Module):
 
 
 class Whole(nn.Module):
-    """A linear layer all of whose weight is trained, in float32, and multiplied with in `DTYPE`.
+    """A linear layer whose full weight is trained, in float32; its products are in `DTYPE`.
 
     Args:
-        weight: (out, in).
+        weight: Initial weight, (out, in).
     """
 
     def __init__(self, weight: Tensor):
@@ -77,7 +77,7 @@ class Whole(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Take over what the optimizer has changed."""
+        """Refresh the copies in `DTYPE` after an optimizer step."""
         self.merged = self.w.to(DTYPE)
 
     def changed(self) -> Tensor:
@@ -131,16 +131,16 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _norm_turn(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, scale: float) -> Tensor:
-    """Norm and rotary embedding of (tokens, heads, dim)."""
+    """RMSNorm and rotary embedding of (tokens, heads, dim)."""
     y = x.float()
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * (1.0 + weight)
     first, second = y.chunk(2, -1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-    return (turned * scale).to(DTYPE)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return (rotated * scale).to(DTYPE)
 
 
 class _Attend(torch.autograd.Function):
-    """softmax(q k^T) v of each text; (tokens, heads, dim) with one head of keys and values."""
+    """softmax(q k^T) v text by text; q is (tokens, heads, dim), k and v are (tokens, dim), shared by all heads."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int):
@@ -150,8 +150,8 @@ class _Attend(torch.autograd.Function):
             here = slice(start, start + length)
             scores = (q[here].reshape(-1, dim) @ k[here].t()).float()
             if window and length > window:
-                places = torch.arange(length)
-                far = (places[:, None] - places[None, :]).abs() >= window
+                positions = torch.arange(length)
+                far = (positions[:, None] - positions[None, :]).abs() >= window
                 scores.masked_fill_(far.repeat_interleave(heads, 0), float("-inf"))
             share = scores.softmax(-1).to(q.dtype)
             out[here] = (share @ v[here]).view(length, heads, dim)
@@ -183,8 +183,9 @@ class FastGemma(nn.Module):
 
     Args:
         backbone: A `Gemma3TextModel` that attends in both directions, with one head of keys and values.
-        rank, alpha: Of the adapters; with a rank of 0 all of the linear layers is trained.
-        compiled: Whether what lies between the products is compiled.
+        rank: Rank of the adapters; 0 trains the full weights of the linear layers.
+        alpha: Numerator of the adapters' scale, `alpha / rank`.
+        compiled: Flag that compiles the elementwise operations between matrix products.
     """
 
     def __init__(self, backbone: nn.Module, rank: int = 32, alpha: float = 32.0, compiled: bool = True):
@@ -200,7 +201,7 @@ class FastGemma(nn.Module):
             parts = {
                 part: Adapter(weight, rank, alpha / rank) if rank else Whole(weight) for part, weight in weights.items()
             }
-            self.layers.append(nn.ModuleDict({part.split(".")[1]: each for part, each in parts.items()}))
+            self.layers.append(nn.ModuleDict({part.split(".")[1]: linear for part, linear in parts.items()}))
         norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
         self._norms = [
             [getattr(layer, f"{norm}_layernorm").weight.detach().float() for norm in norms]
@@ -208,27 +209,27 @@ class FastGemma(nn.Module):
             for layer in backbone.layers
         ]
         self._last_norm = backbone.norm.weight.detach().float()
-        made = (lambda each: torch.compile(each, dynamic=True)) if compiled else (lambda each: each)
-        self._norm, self._add_norm, self._gated = made(_norm), made(_add_norm), made(_gated)
-        # Of their own, as shapes of queries and keys differ.
-        self._turn_q, self._turn_k = made(_norm_turn), made(lambda *given: _norm_turn(*given))
+        compile_ = (lambda function: torch.compile(function, dynamic=True)) if compiled else (lambda function: function)
+        self._norm, self._add_norm, self._gated = compile_(_norm), compile_(_add_norm), compile_(_gated)
+        # Compiled separately, as queries and keys differ in shape.
+        self._turn_q, self._turn_k = compile_(_norm_turn), compile_(lambda *arguments: _norm_turn(*arguments))
         self._tables = {
             kind: _rotations(config.rope_parameters[kind]["rope_theta"], config.head_dim)
             for kind in set(config.layer_types)
         }
 
     def merge(self) -> None:
-        """Take over what the optimizer has changed; after each of its steps."""
+        """Refresh the copies in `DTYPE` of all linear layers; call it after every optimizer step."""
         for layer in self.layers:
-            for each in layer.values():
-                each.merge()
+            for linear in layer.values():
+                linear.merge()
 
     def forward(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Token ids of texts -> the last token's final state of each, (texts, hidden), float32."""
-        lengths = [len(each) for each in texts]
-        ids = torch.tensor([token for each in texts for token in each])
-        places = torch.cat([torch.arange(each) for each in lengths])
-        tables = {kind: tuple(part[places][:, None] for part in each) for kind, each in self._tables.items()}
+        """Token ids of texts -> final hidden states of their last tokens, (texts, hidden), float32."""
+        lengths = [len(text) for text in texts]
+        ids = torch.tensor([token for text in texts for token in text])
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        tables = {kind: tuple(part[positions][:, None] for part in table) for kind, table in self._tables.items()}
         eps, dim = self.config.rms_norm_eps, self.config.head_dim
         h = functional.embedding(ids, self.embeddings) * torch.tensor(self.config.hidden_size**0.5).to(DTYPE)
         for layer, norms, kind in zip(self.layers, self._norms, self.config.layer_types, strict=True):
@@ -250,16 +251,16 @@ class FastGemma(nn.Module):
 
     @torch.no_grad()
     def write_to(self, backbone: nn.Module) -> None:
-        """Put the weights with their changes into a backbone like the one that this was made of."""
-        for layer, mine in zip(backbone.layers, self.layers, strict=True):
+        """Copy the updated weights into a `Gemma3TextModel` of the same shape."""
+        for layer, trained in zip(backbone.layers, self.layers, strict=True):
             for part in PARTS:
-                each = mine[part.split(".")[1]]
+                linear = trained[part.split(".")[1]]
                 target = layer.get_submodule(part).weight
-                target.copy_(each.changed().to(target.dtype))
+                target.copy_(linear.changed().to(target.dtype))
 
 
 def _rotations(theta: float, dim: int, count: int = 2048) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, (places, dim / 2)."""
+    """Cosines and sines of the rotary embedding, (positions, dim / 2)."""
     angles = torch.arange(count).float()[:, None] / theta ** (torch.arange(0, dim, 2).float() / dim)
-    # Rounded as transformers rounds them.
+    # Rounded to bfloat16, as transformers does.
     return angles.cos().bfloat16().float(), angles.sin().bfloat16().float()

@@ -1,9 +1,8 @@
-"""Queries that a language model writes over passages: `python -m recipes.default_model.model_queries`.
+"""Generate queries for passages with a language model: `python -m recipes.default_model.model_queries`.
 
-A question and a search for each passage, in its language, by Qwen2.5 1.5B (GGUF; needs `xllamacpp`). Sources take
-turns, so it may be stopped at any time, and goes on where it stopped. The rows keep only those of which the strong
-encoder finds the passage first among BM25's candidates. Some seconds each on one thread: run it when nothing else has
-to.
+A question and a keyword search per passage, in its language, by Qwen2.5 1.5B (GGUF; needs `xllamacpp`). Resumable;
+sources are interleaved, so that it can be stopped at any time. `rows` keeps only queries whose passage the strong
+encoder ranks first among BM25's candidates. A passage takes several seconds on one thread: run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _LINE = re.compile(r"^\W*(Question|Search)\W*[:：]\s*(.+?)\s*$", re.MULTILINE)
 
 
 def queries_of(answer: str) -> dict[str, str]:
-    """The question and the search in an answer.
+    """The question and the keyword search in an answer.
 
     Example:
         ```python
@@ -46,30 +45,34 @@ def queries_of(answer: str) -> dict[str, str]:
 
 
 def passages(data: Path, seen: set[str]) -> Iterator[tuple[str, str, str, str]]:
-    """Passages of all sources in turn, (source, id, language, text), in an order drawn once."""
+    """Passages of all sources, interleaved, as (source, id, language, text), in a fixed random order."""
     waiting = []
     for name in sources.names(data, "corpora"):
         source = sources.load(data, "corpora", name)
-        chosen = [each for each in source.documents if not sources.is_held_back(name, each) and each not in seen]
-        waiting.append((source, sorted(chosen, key=lambda each: sources.fraction("model", each))))
-    for place in range(max(len(chosen) for _, chosen in waiting)):
+        chosen = [
+            document
+            for document in source.documents
+            if not sources.is_held_back(name, document) and document not in seen
+        ]
+        waiting.append((source, sorted(chosen, key=lambda document: sources.fraction("model", document))))
+    for index in range(max(len(chosen) for _, chosen in waiting)):
         for source, chosen in waiting:
-            if place < len(chosen):
-                document = source.documents[chosen[place]]
-                language = sources.language_of(source, chosen[place])
+            if index < len(chosen):
+                document = source.documents[chosen[index]]
+                language = sources.language_of(source, chosen[index])
                 if language in LANGUAGES:
-                    yield source.name, chosen[place], language, f"{document['title']}\n{document['text'][:900]}".strip()
+                    yield source.name, chosen[index], language, f"{document['title']}\n{document['text'][:900]}".strip()
 
 
 def main() -> None:
-    """Write queries until stopped, or until there are enough."""
+    """Generate queries until `--passages` have them, or until stopped."""
     import xllamacpp
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--weights", type=Path, default=Path("runs/weights/qwen2.5-coder-1.5b/model.gguf"))
     parser.add_argument("--out", type=Path, default=Path("runs/default_model/queries"))
-    parser.add_argument("--passages", type=int, default=2000, help="in all")
+    parser.add_argument("--passages", type=int, default=2000, help="passages in total")
     parser.add_argument("--threads", type=int, default=1)
     settings = parser.parse_args()
     params = xllamacpp.CommonParams()
@@ -87,15 +90,15 @@ def main() -> None:
         answer = server.handle_chat_completions(
             {"messages": [{"role": "user", "content": task}], "max_tokens": 90, "temperature": 0.7, "seed": done}
         )
-        found = queries_of(answer["choices"][0]["message"]["content"])
+        queries = queries_of(answer["choices"][0]["message"]["content"])
         with (settings.out / f"{name}.model.jsonl").open("a", encoding="utf-8") as out:
-            for kind, query in found.items():
+            for kind, query in queries.items():
                 row = {"_id": f"{document}/{kind}", "text": query, "document": document, "style": "model"}
                 out.write(json.dumps(row | {"language": language}, ensure_ascii=False) + "\n")
         if done % 10 == 0:
             seconds = (time.monotonic() - began) / done
             left = (settings.passages - len(seen) - done) * seconds / 3600
-            print(f"{len(seen) + done} passages, {seconds:.1f} s each, {left:.1f} h left", flush=True)
+            print(f"{len(seen) + done} passages, {seconds:.1f} s per passage, {left:.1f} h left", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the recipe takes from `modeling_querit`: in one place, so that a renamed module is mended here."""
+"""All imports from `modeling_querit`, so that a renamed module is changed in one place."""
 
 from modeling_querit.adaptation.extractive import ExtractiveGenerator, without_copy
 from modeling_querit.adaptation.prompts import QueryRequest

@@ -1,10 +1,10 @@
 """Training rows with the ensemble's labels: `python -m recipes.default_model.rows`.
 
-One file a source, for every source whose documents the strong encoder has read; queries that it has not read yet come
-with the next call. Human queries and written ones, ten documents each: from the top, the middle and anywhere of BM25
-and the encoders. Labels are in [0, 1]: `exp(10 * label)` is what the teachers and people together hold a document's
-odds to be, in proportion to the others of its list; `relevance` is the probability of each by itself.
-A manifest of counts, languages, licences and hashes is written beside.
+One file per source, for every source whose documents the strong encoder has embedded; queries without an embedding are
+added by a later call. Human and written queries have ten documents: positives, hard negatives from the top and middle
+of BM25's and the encoder's rankings, and random documents. Labels are in [0, 1]: `exp(10 * label)` is proportional to
+a document's odds of relevance within its list; `relevance` is its probability of relevance by itself.
+A manifest of counts, languages, licences and hashes is written too.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ from .package import without_copy
 from .teachers import HUMAN, ORIGIN, Ensemble, Judges, Query
 
 SIZE = 10
-# Of each kind of ranking, how many from its first ten and from the forty behind; what is left is from anywhere.
+# Documents from the top 10 and the next 40 of the encoder's and of BM25's ranking; the rest are random.
 NEAR_TOP, NEAR_MIDDLE, WORDS_TOP, WORDS_MIDDLE = 3, 1, 2, 1
-# A written query whose own document is not among the encoder's first so many is thrown away.
+# Rank within which the encoder must retrieve the document of a written query (round-trip filter).
 ROUND_TRIP = 20
-# Nats of a label of 1: by it a label of 1 and one of 0 differ by a factor of e^10.
+# Nats between a label of 1 and a label of 0: their odds differ by a factor of e^10.
 SPAN = 10.0
 
 
 def rows_of(judges: Judges, ensemble: Ensemble, written: list[dict], seed: int = 0) -> tuple[list[dict], int]:
-    """Rows of a source, and how many written queries were thrown away."""
-    source, rows, thrown = judges.source, [], 0
-    everything = sorted(source.documents)
-    wanted: list[tuple[Query, dict[str, float], dict]] = []
+    """Rows of a source, and the number of written queries that were dropped."""
+    source, rows, dropped = judges.source, [], 0
+    all_documents = sorted(source.documents)
+    queries: list[tuple[Query, dict[str, float], dict]] = []
     for name, text in source.queries.items():
         relevant = relevant_of(source, name)
-        if not any(sources.is_held_back(source.name, each) for each in relevant):
+        if not any(sources.is_held_back(source.name, document) for document in relevant):
             kind = "cross_lingual" if source.name == "gnome_help" and name.endswith("_x") else "human"
-            wanted.append((Query(name, text), relevant, {"style": kind}))
-    for each in written:
-        query = Query(each["_id"], each["text"], each.get("native", ""))
-        wanted.append((query, {each["document"]: 1.0}, each))
-    for query, relevant, about in wanted:
+            queries.append((Query(name, text), relevant, {"style": kind}))
+    for row in written:
+        query = Query(row["_id"], row["text"], row.get("native", ""))
+        queries.append((query, {row["document"]: 1.0}, row))
+    for query, relevant, about in queries:
         if not judges.knows(query):
             continue
         rng = random.Random(f"{seed}/{source.name}/{query.name}")
         is_human = about["style"] in ("human", "cross_lingual")
         origin = next(iter(relevant))
         near = judges.nearest(query, 50)
-        if not is_human and not _is_found(judges, query, origin, near, about["style"]):
-            thrown += 1
+        if not is_human and not _passes_round_trip(judges, query, origin, near, about["style"]):
+            dropped += 1
             continue
-        documents = _draw(judges, query, relevant, near, everything, rng)
+        documents = _draw(judges, query, relevant, near, all_documents, rng)
         scores = judges.scores(query, documents)
         logits = ensemble.logits(scores)
         bonus = HUMAN if is_human else ORIGIN
-        logits = logits + np.array([bonus * relevant.get(each, 0.0) for each in documents])
+        logits = logits + np.array([bonus * relevant.get(document, 0.0) for document in documents])
         row = {
             "query": query.text,
             "documents": documents,
@@ -72,49 +72,54 @@ def rows_of(judges: Judges, ensemble: Ensemble, written: list[dict], seed: int =
         }
         if not is_human:
             document = source.documents[origin]
-            left = without_copy(document, query.text)
-            if left is None:
-                thrown += 1
+            stripped = without_copy(document, query.text)
+            if stripped is None:
+                dropped += 1
                 continue
             if about["style"] == "title":
-                # No document shows its title, or a missing one would tell which it is.
+                # All documents lose their titles, as a single missing title would reveal the positive.
                 row["titles"] = False
-            elif {name: left[name] for name in document} != document:
-                row["edits"] = {origin: {"title": left["title"], "text": left["text"]}}
+            elif {name: stripped[name] for name in document} != document:
+                row["edits"] = {origin: {"title": stripped["title"], "text": stripped["text"]}}
         rows.append(row)
     rng = random.Random(f"{seed}/{source.name}")
     rng.shuffle(rows)
-    return rows, thrown
+    return rows, dropped
 
 
-def _is_found(judges: Judges, query: Query, origin: str, near: list[str], style: str) -> bool:
-    """Whether a written query leads back to its document; a language model's has to lead there first."""
+def _passes_round_trip(judges: Judges, query: Query, origin: str, near: list[str], style: str) -> bool:
+    """Whether a written query retrieves its document: first of all candidates if a language model wrote it."""
     if style == "model":
         words = set(judges.by_words(query, 20))
-        return next((each for each in near if each in words or each == origin), None) == origin
+        return next((document for document in near if document in words or document == origin), None) == origin
     return origin in near[:ROUND_TRIP]
 
 
 def _draw(
-    judges: Judges, query: Query, relevant: dict[str, float], near: list[str], everything: list[str], rng: random.Random
+    judges: Judges,
+    query: Query,
+    relevant: dict[str, float],
+    near: list[str],
+    all_documents: list[str],
+    rng: random.Random,
 ) -> list[str]:
-    """Ten documents: a relevant one or two, and those that may be mistaken for it."""
+    """Draw ten documents: one or two relevant ones, hard negatives, and random documents."""
     source = judges.source
-    pages = {sources.page_of(source.name, each) for each in relevant}
+    pages = {sources.page_of(source.name, document) for document in relevant}
     judged = query.name in source.candidates
     chosen = rng.sample(sorted(relevant), min(2 if judged else 1, len(relevant)))
 
     def add(ranking: list[str], count: int) -> None:
-        free = [
-            each
-            for each in ranking
-            if each not in chosen and (each in relevant or sources.page_of(source.name, each) not in pages)
+        eligible = [
+            document
+            for document in ranking
+            if document not in chosen and (document in relevant or sources.page_of(source.name, document) not in pages)
         ]
-        chosen.extend(rng.sample(free, min(count, len(free), SIZE - len(chosen))))
+        chosen.extend(rng.sample(eligible, min(count, len(eligible), SIZE - len(chosen))))
 
     words = judges.by_words(query, 50)
     if judged:
-        # Judged lists have all that the judges saw; of them as many as there is room for.
+        # The candidates of a judged list come first, as people graded them.
         add(words, SIZE - 2)
     else:
         add(near[:10], NEAR_TOP)
@@ -124,12 +129,12 @@ def _draw(
     for _ in range(50):
         if len(chosen) == SIZE:
             break
-        add([rng.choice(everything)], 1)
+        add([rng.choice(all_documents)], 1)
     return chosen
 
 
 def manifest_of(folder: Path, data: Path) -> dict:
-    """Counts by source, language and kind, licences, and the hash of each file."""
+    """Counts by source, language and kind, licences, and the files' hashes."""
     files, languages, kinds = {}, Counter(), Counter()
     for path in sorted(folder.glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -145,7 +150,7 @@ def manifest_of(folder: Path, data: Path) -> dict:
         languages.update(row["language"] for row in rows)
         kinds.update(row["kind"] for row in rows)
     return {
-        "queries": sum(each["queries"] for each in files.values()),
+        "queries": sum(file["queries"] for file in files.values()),
         "sources": len(files),
         "languages": dict(languages.most_common()),
         "kinds": dict(kinds.most_common()),
@@ -164,26 +169,26 @@ def main() -> None:
     parser.add_argument("--manifest", type=Path, default=Path("results/default_model_rows.json"))
     settings = parser.parse_args()
     ensemble = Ensemble.load(settings.teachers)
-    made_from = hashlib.sha256(settings.teachers.read_bytes()).hexdigest()
+    weights_hash = hashlib.sha256(settings.teachers.read_bytes()).hexdigest()
     for kind in ("general", "corpora"):
         for name in sources.names(settings.data, kind):
             folder, path = settings.cache / "embeddinggemma" / name, settings.out / f"{name}.jsonl"
             if name in sources.HELD_BACK or not folder.exists():
                 continue
-            # What a file was made of; another list of embeddings or other weights make it anew.
-            parts = sorted(each.name for each in settings.cache.glob(f"*/{name}/*.safetensors"))
-            state = hashlib.sha256("\n".join([made_from, *parts]).encode()).hexdigest()
-            mark = path.with_suffix(".state")
-            if path.exists() and mark.exists() and mark.read_text() == state:
+            # Hash of the inputs: a file is rebuilt when embeddings or weights have changed.
+            parts = sorted(path.name for path in settings.cache.glob(f"*/{name}/*.safetensors"))
+            state = hashlib.sha256("\n".join([weights_hash, *parts]).encode()).hexdigest()
+            state_file = path.with_suffix(".state")
+            if path.exists() and state_file.exists() and state_file.read_text() == state:
                 continue
             judges = Judges(sources.load(settings.data, kind, name), settings.cache)
             if "embeddinggemma" not in judges.encoders:
                 continue
-            rows, thrown = rows_of(judges, ensemble, read_written(settings.queries, name))
+            rows, dropped = rows_of(judges, ensemble, read_written(settings.queries, name))
             if rows:
                 write_lines(path, rows)
-                mark.write_text(state)
-            print(f"{name}: {len(rows)} rows, {thrown} written queries thrown away", flush=True)
+                state_file.write_text(state)
+            print(f"{name}: {len(rows)} rows, {dropped} written queries dropped", flush=True)
     settings.manifest.parent.mkdir(parents=True, exist_ok=True)
     manifest = json.dumps(manifest_of(settings.out, settings.data), ensure_ascii=False, indent=1)
     settings.manifest.write_text(manifest + "\n", encoding="utf-8")

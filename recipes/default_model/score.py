@@ -1,7 +1,8 @@
-"""Let the trained cross-encoder label rows for its students: `python -m recipes.default_model.score`.
+"""Label rows with the trained cross-encoder, for its students: `python -m recipes.default_model.score`.
 
-Its logit differences join the ensemble's labels. Resumable: a source's file has as many lines as rows are done, and
-sources take turns, so that students can begin early. It reads at the speed of inference: some rows a second and core.
+Its logit differences are mixed with the ensemble's labels. Resumable: the rows that a source's file already has are
+skipped. Sources are interleaved, so that students can start early. Speed is that of inference: a few rows per second
+and core.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ BLOCK = 50
 
 
 def joined(row: dict, logits: list[float], share: float) -> dict:
-    """A row with the cross-encoder's opinion in its labels; `share` is how much it counts beside the ensemble."""
-    own = np.array(logits)
-    nats = share * (own - own.max()) + (1 - share) * SPAN * (np.array(row["labels"]) - 1)
+    """A row whose labels mix the cross-encoder's logits, weighted `share`, and the ensemble's, weighted 1 - `share`."""
+    scores = np.array(logits)
+    nats = share * (scores - scores.max()) + (1 - share) * SPAN * (np.array(row["labels"]) - 1)
     labels = np.clip(1 + (nats - nats.max()) / SPAN, 0, 1)
-    relevance = share / (1 + np.exp(-own)) + (1 - share) * np.array(row["relevance"])
-    teachers = row["teachers"] | {"cross_encoder": own.round(3).tolist()}
+    relevance = share / (1 + np.exp(-scores)) + (1 - share) * np.array(row["relevance"])
+    teachers = row["teachers"] | {"cross_encoder": scores.round(3).tolist()}
     return row | {"labels": labels.round(4).tolist(), "relevance": relevance.round(4).tolist(), "teachers": teachers}
 
 
 def whole_lines(path: Path) -> int:
-    """How many lines a file has; a last one that was cut short is removed."""
+    """Count the lines of a file, and truncate an incomplete last line."""
     if not path.exists():
         return 0
     text = path.read_bytes()
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=32.0)
     parser.add_argument("--max-length", type=int, default=192)
     parser.add_argument("--share", type=float, default=0.7)
-    parser.add_argument("--limit", type=int, default=2000, help="rows of a source")
+    parser.add_argument("--limit", type=int, default=2000, help="rows per source")
     parser.add_argument("--threads", type=int, default=1)
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
@@ -67,23 +68,23 @@ def main() -> None:
     for path in sorted(settings.rows.glob("*.jsonl")):
         target = settings.out / path.name
         done = whole_lines(target)
-        left = path.read_text(encoding="utf-8").splitlines()[done : settings.limit]
-        if left:
+        remaining = path.read_text(encoding="utf-8").splitlines()[done : settings.limit]
+        if remaining:
             kind = "general" if (settings.data / "general" / path.stem).exists() else "corpora"
-            waiting.append((target, left, sources.load(settings.data, kind, path.stem).documents))
-    began, count, total = time.monotonic(), 0, sum(len(left) for _, left, _ in waiting)
+            waiting.append((target, remaining, sources.load(settings.data, kind, path.stem).documents))
+    began, count, total = time.monotonic(), 0, sum(len(remaining) for _, remaining, _ in waiting)
     while waiting:
-        target, left, documents = waiting.pop(0)
+        target, remaining, documents = waiting.pop(0)
         lines = []
-        for line in left[:BLOCK]:
+        for line in remaining[:BLOCK]:
             row = json.loads(line)
             logits, _ = model(row["query"], texts_of(row, documents), settings.max_length)
             lines.append(json.dumps(joined(row, logits.tolist(), settings.share), ensure_ascii=False) + "\n")
         with target.open("a", encoding="utf-8") as out:
             out.write("".join(lines))
         count += len(lines)
-        if left[BLOCK:]:
-            waiting.append((target, left[BLOCK:], documents))
+        if remaining[BLOCK:]:
+            waiting.append((target, remaining[BLOCK:], documents))
         seconds = (time.monotonic() - began) / count
         hours = seconds * (total - count) / 3600
         print(f"{target.stem}: {count} of {total} rows, {1 / seconds:.2f} a second, {hours:.1f} h left", flush=True)

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Their licences forbid what we do with them, or are not stated.
+# Excluded: their licences forbid this use, or are not stated.
 UNUSABLE = {"korquad", "tquad"}
-# Splits that public benchmarks measure on.
+# Evaluation splits of public benchmarks.
 LEFT_OUT_SPLITS = {"jaquad": {"dev"}}
-# Never trained on: validation sees how a model does on a kind of text or a language that it has not seen.
+# Held-out sources, never trained on: they validate generalization to unseen domains and languages.
 HELD_BACK = ("pubmedqa", "covid_faq_gov", "heq", "kazqad", "lohelp_vi", "swequad_mc")
-# Of the other sources, this share of the documents, with all their queries.
+# Fraction of the other sources' documents that is held out, with all queries on them.
 HELD_BACK_SHARE = 0.05
-# Documents used of a source, those with judgements first.
+# Documents used per source, those with relevance judgements first.
 CAP = 1500
 CAPS = {
     "gnome_help": 6600,
@@ -33,7 +33,7 @@ CAPS = {
     "integreat": 2000,
 }
 
-# How much more, or less, often than by its size a source is drawn: questions on Wikipedia are many, alike and easy.
+# Sampling weights relative to size: questions on Wikipedia are numerous, similar and easy.
 EMPHASIS = dict.fromkeys(
     ("arcd", "piaf", "pquad", "norquad", "cmrc2018", "drcd", "jaquad", "iapp_wiki_qa", "idk_mrc", "faquad"), 0.6
 ) | dict.fromkeys(
@@ -43,15 +43,15 @@ EMPHASIS = dict.fromkeys(
 
 @dataclass(frozen=True)
 class Source:
-    """One source, cut to its cap.
+    """A source, truncated to its cap.
 
     Args:
-        name: The folder's name.
-        meta: What `meta.json` says.
+        name: Name of the folder.
+        meta: Content of `meta.json`.
         documents: Document id -> `{"title", "text"}`.
-        queries: Query id -> text; of `corpora` none.
+        queries: Query id -> text; empty for `corpora`.
         qrels: Query id -> document id -> grade.
-        candidates: Query id -> document ids, where the source has lists of them.
+        candidates: Query id -> document ids, where the source lists them.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Source:
 
 
 def names(data: Path, kind: str) -> list[str]:
-    """Names of the usable sources of `general` or `corpora`: what counts most first, then what has the least text."""
+    """Names of the usable sources of `general` or `corpora`: by descending sampling weight, then by ascending size."""
     folders = [path.parent for path in (data / kind).glob("*/meta.json") if path.parent.name not in UNUSABLE]
-    sizes = {each.name: (each / "corpus.jsonl.gz").stat().st_size for each in folders}
+    sizes = {folder.name: (folder / "corpus.jsonl.gz").stat().st_size for folder in folders}
     return sorted(sizes, key=lambda name: (name in HELD_BACK, -EMPHASIS.get(name, 1.0), sizes[name], name))
 
 
 def load(data: Path, kind: str, name: str) -> Source:
-    """Read a source of `general` or `corpora`; no other folder is ever read."""
+    """Read a source of `general` or `corpora`; other folders are refused."""
     if kind not in ("general", "corpora"):
         raise ValueError(f"{kind} is no folder of training data.")
     folder = data / kind / name
@@ -92,7 +92,10 @@ def load(data: Path, kind: str, name: str) -> Source:
                 candidates.setdefault(query, []).append(document)
     queries = {row["_id"]: row["text"] for row in _rows(folder, "queries") if row["_id"] in qrels}
     documents = _first(_judged_first(documents, qrels, candidates), CAPS.get(name, CAP), in_order=bool(candidates))
-    qrels = {query: {each: grade for each, grade in qrels[query].items() if each in documents} for query in queries}
+    qrels = {
+        query: {document: grade for document, grade in qrels[query].items() if document in documents}
+        for query in queries
+    }
     queries = {query: text for query, text in queries.items() if any(grade > 0 for grade in qrels[query].values())}
     if candidates:
         queries = {query: text for query, text in queries.items() if set(candidates.get(query, ())) <= set(documents)}
@@ -107,7 +110,7 @@ def load(data: Path, kind: str, name: str) -> Source:
 
 
 def page_of(source: str, document: str) -> str:
-    """What documents in several languages are a translation of; other documents stand for themselves."""
+    """Key that a document shares with its translations; unique for documents without translations."""
     if not source.startswith(("gnome_help", "lohelp")):
         return f"{source}/{document}"
     parts = document.split("_", 2 if document.startswith(("pt_BR_", "zh_CN_", "zh_TW_", "zh_HK_")) else 1)
@@ -115,42 +118,49 @@ def page_of(source: str, document: str) -> str:
 
 
 def language_of(source: Source, document: str) -> str:
-    """The language of a document or query where its id tells, else the source's first."""
+    """The language in the id of a document or query, or else the source's first language."""
     languages = source.meta.get("languages") or ["?"]
-    told = [each for each in languages if document.startswith((f"{each}_", f"{source.name}-{each}-"))]
+    matches = [
+        language for language in languages if document.startswith((f"{language}_", f"{source.name}-{language}-"))
+    ]
     if source.name == "tldr_commands":
-        # Only of queries.
-        told = [each for each in languages if document.rstrip("0123456789") in (each, each.replace("_", ""))]
-    return max(told, key=len, default=languages[0])
+        # Its queries alone have a language in their ids.
+        matches = [
+            language for language in languages if document.rstrip("0123456789") in (language, language.replace("_", ""))
+        ]
+    return max(matches, key=len, default=languages[0])
 
 
 def is_held_back(source: str, document: str) -> bool:
-    """Whether a document, and so every query on it or its translations, is for validation only."""
+    """Whether a document is held out for validation, with all queries on it and on its translations."""
     return source in HELD_BACK or fraction(page_of(source, document)) < HELD_BACK_SHARE
 
 
 def fraction(*parts: str) -> float:
-    """A number in [0, 1) that depends on nothing but some strings."""
+    """Hash of strings as a number in [0, 1)."""
     digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _first(documents: dict, cap: int, in_order: bool = False) -> dict:
-    """So many of the documents; always the same ones, and with a larger cap those and more."""
+    """A fixed random sample of `cap` documents; a larger cap gives a superset."""
     if len(documents) <= cap:
         return documents
-    chosen = list(documents) if in_order else sorted(documents, key=lambda each: fraction("cap", each))
-    return {each: documents[each] for each in chosen[:cap]}
+    sampled = list(documents) if in_order else sorted(documents, key=lambda document: fraction("cap", document))
+    return {document: documents[document] for document in sampled[:cap]}
 
 
 def _judged_first(documents: dict, qrels: dict, candidates: dict) -> dict:
-    """With candidate lists, whole lists of queries in an order drawn once; otherwise as they are."""
+    """Sort documents by candidate list, in a fixed random order of queries; without candidate lists, change nothing."""
     if not candidates:
         return documents
     order: dict[str, None] = {}
-    for query in sorted(candidates, key=lambda each: fraction("cap", each)):
+    for query in sorted(candidates, key=lambda query: fraction("cap", query)):
         order.update(dict.fromkeys([*qrels[query], *candidates[query]]))
-    return {each: documents[each] for each in [*order, *(each for each in documents if each not in order)]}
+    return {
+        document: documents[document]
+        for document in [*order, *(document for document in documents if document not in order)]
+    }
 
 
 def _rows(folder: Path, name: str) -> Iterator[dict]:

@@ -1,4 +1,4 @@
-"""An endless stream of training rows, mixed over sources, that goes on where it stopped."""
+"""An endless, resumable stream of training rows, mixed over sources."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from . import sources
 
 
 class Stream:
-    """Rows of several folders; of a source, the first folder that has it counts.
+    """Rows of several folders; a source is read from the first folder that has it.
 
     Args:
-        data: The folder of `general` and `corpora`.
+        data: Folder of `general` and `corpora`.
         folders: Folders of row files, `SOURCE.jsonl`, the preferred first.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
 
     def __init__(self, data: Path, folders: Sequence[Path], seed: int = 0):
@@ -31,15 +31,15 @@ class Stream:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             kind = "general" if (data / "general" / name).exists() else "corpora"
             documents = sources.load(data, kind, name).documents
-            used = {each for row in rows for each in row["documents"]}
-            self._documents[name] = {each: documents[each] for each in used}
+            used = {document for row in rows for document in row["documents"]}
+            self._documents[name] = {document: documents[document] for document in used}
             self._rows[name] = rows
         self.names = list(self._rows)
         self._weights = [len(self._rows[name]) ** 0.5 * sources.EMPHASIS.get(name, 1.0) for name in self.names]
         self.counts = dict.fromkeys(self.names, 0)
 
     def step(self, number: int, queries: int) -> list[dict]:
-        """The rows of a step, each of another source: `query`, `texts`, `labels`, `source`, `language`."""
+        """Rows of a step, of different sources if possible: `query`, `texts`, `labels`, `source`, `language`."""
         rng = random.Random(f"{self._seed}/{number}")
         chosen: list[str] = []
         while len(chosen) < queries:
@@ -57,6 +57,6 @@ class Stream:
 
 
 def texts_of(row: dict, documents: dict[str, dict[str, str]]) -> list[dict[str, str]]:
-    """The documents of a row as it shows them: perhaps without titles, or without the words of its query."""
-    texts = [row.get("edits", {}).get(each) or documents[each] for each in row["documents"]]
-    return texts if row.get("titles", True) else [{"title": "", "text": each["text"]} for each in texts]
+    """The documents of a row: without titles, or without the text of the query, where the row says so."""
+    texts = [row.get("edits", {}).get(document) or documents[document] for document in row["documents"]]
+    return texts if row.get("titles", True) else [{"title": "", "text": document["text"]} for document in texts]

@@ -1,7 +1,7 @@
-"""Queries taken from documents, and titles across languages: `python -m recipes.default_model.written_queries`.
+"""Queries extracted from documents, and cross-lingual titles: `python -m recipes.default_model.written_queries`.
 
-Two queries a passage of `corpora` (title, first sentence, claim, keywords, a short search, a question that the text
-asks), and, where a source of `general` holds the same page in several languages, the title of one for the other.
+Two queries per passage of `corpora` (title, claim, keywords, short search, question, or a question that the text asks),
+and, where a source of `general` has the same page in several languages, titles in one language for pages in another.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .package import ExtractiveGenerator, QueryRequest, without_copy
 
 PER_DOCUMENT = 2
 CROSS_LINGUAL = 3500
-# Documents of a language, fewer of which do not tell its rare words from its common ones.
+# Fewest documents of a language that suffice to tell rare words from common ones.
 FEWEST = 15
 _MAX_CHARS, _MIN_CHARS = 200, 6
 _QUESTION = re.compile(r"[^.!?。？！؟\n]{8,140}[?？؟]")
@@ -27,13 +27,15 @@ _PART = re.compile(r"\s+[–—|]\s+")
 
 def extractive(source: sources.Source, seed: int = 0) -> list[dict]:
     """Written queries of a source: `_id`, `text`, `document`, `style`, `language`."""
-    documents = [{"_id": name, **each} for name, each in source.documents.items()]
-    titles = Counter(each["title"] for each in documents)
-    # Words are rare or common within a language.
+    documents = [{"_id": name, **document} for name, document in source.documents.items()]
+    titles = Counter(document["title"] for document in documents)
+    # Word frequencies are per language.
     by_language: dict[str, list[dict]] = defaultdict(list)
     for document in documents:
         by_language[sources.language_of(source, document["_id"])].append(document)
-    generators = {language: ExtractiveGenerator(mine, seed) for language, mine in by_language.items()}
+    generators = {
+        language: ExtractiveGenerator(language_documents, seed) for language, language_documents in by_language.items()
+    }
     rows = []
     for document in documents:
         name = document["_id"]
@@ -44,19 +46,19 @@ def extractive(source: sources.Source, seed: int = 0) -> list[dict]:
         generator = generators[language]
         if len(by_language[language]) < FEWEST:
             continue
-        asked = [each.strip() for each in _QUESTION.findall(document["text"])]
+        questions = [question.strip() for question in _QUESTION.findall(document["text"])]
         styles = ["claim", "keywords", "short", "question"]
         if document["title"] and titles[document["title"]] == 1:
             styles += ["title", "title"]
-        if asked:
+        if questions:
             styles += ["asked"]
         rng.shuffle(styles)
-        found: dict[str, str] = {}
+        style_of: dict[str, str] = {}
         for style in styles:
-            if len(found) == PER_DOCUMENT:
+            if len(style_of) == PER_DOCUMENT:
                 break
             if style == "asked":
-                text = rng.choice(asked)
+                text = rng.choice(questions)
             elif style == "short":
                 words = generator.generate([QueryRequest(document, "keywords", language)])[0].split()
                 text = " ".join(words[: rng.choice((2, 3))])
@@ -69,56 +71,62 @@ def extractive(source: sources.Source, seed: int = 0) -> list[dict]:
             text = " ".join(text.split())
             if len(text) > _MAX_CHARS:
                 text = text[:_MAX_CHARS].rsplit(" ", 1)[0]
-            if len(text) < _MIN_CHARS or text in found or without_copy(document, text) is None:
+            if len(text) < _MIN_CHARS or text in style_of or without_copy(document, text) is None:
                 continue
-            found[text] = style
+            style_of[text] = style
         rows += [
             {"_id": f"{name}/{style}", "text": text, "document": name, "style": style, "language": language}
-            for text, style in found.items()
+            for text, style in style_of.items()
         ]
     return rows
 
 
 def cross_lingual(data: Path, name: str, seed: int = 0) -> list[dict]:
-    """Titles and index entries in one language, for pages in another that are in this source.
+    """Titles and index entries in one language, for pages of the source in another.
 
-    `native` is a title of the page in its own language, by which BM25 finds candidates.
+    `native` is a title of the page in its own language, by which BM25 retrieves candidates.
     """
     source = sources.load(data, "general", name)
     family = (
         [name]
         if not name.startswith("lohelp")
         else [
-            each
-            for each in sources.names(data, "general")
-            if each.startswith("lohelp") and each not in sources.HELD_BACK
+            sibling
+            for sibling in sources.names(data, "general")
+            if sibling.startswith("lohelp") and sibling not in sources.HELD_BACK
         ]
     )
-    asked: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    titles: dict[str, list[tuple[str, str]]] = defaultdict(list)
     native: dict[str, str] = {}
-    spoken: dict[str, str] = {}
-    for each in family:
-        other = source if each == name else sources.load(data, "general", each)
+    languages: dict[str, str] = {}
+    for sibling in family:
+        other = source if sibling == name else sources.load(data, "general", sibling)
         for query, text in other.queries.items():
             if query.endswith("_x"):
                 continue
             for document, grade in other.qrels[query].items():
                 if grade > 0:
-                    asked[_page(other, document)].append((sources.language_of(other, query), text))
+                    titles[_page(other, document)].append((sources.language_of(other, query), text))
                     if other is source:
-                        spoken[document] = sources.language_of(other, query)
+                        languages[document] = sources.language_of(other, query)
                         native.setdefault(document, text)
     rows = []
-    for document in sorted(source.documents, key=lambda each: sources.fraction("cross", name, each)):
-        language = spoken.get(document) or sources.language_of(source, document)
-        others = sorted({each for each in asked[_page(source, document)] if each[0] != language})
+    for document in sorted(source.documents, key=lambda document: sources.fraction("cross", name, document)):
+        language = languages.get(document) or sources.language_of(source, document)
+        others = sorted(
+            {
+                (title_language, title)
+                for title_language, title in titles[_page(source, document)]
+                if title_language != language
+            }
+        )
         if not others or sources.is_held_back(name, document):
             continue
         rng = random.Random(f"{seed}/cross/{name}/{document}")
-        written_in = rng.choice(sorted({each[0] for each in others}))
-        text = rng.choice([each[1] for each in others if each[0] == written_in])
+        query_language = rng.choice(sorted({title_language for title_language, _ in others}))
+        text = rng.choice([title for title_language, title in others if title_language == query_language])
         row = {"_id": f"{document}/cross", "text": text, "document": document, "style": "cross_lingual"}
-        rows.append(row | {"language": written_in, "native": native.get(document) or _opening(source, document)})
+        rows.append(row | {"language": query_language, "native": native.get(document) or _opening(source, document)})
         if len(rows) == CROSS_LINGUAL:
             break
     return rows
@@ -147,7 +155,7 @@ def main() -> None:
             if not path.exists():
                 rows = cross_lingual(settings.data, name)
                 write_lines(path, rows)
-                print(f"{name}: {len(rows)} queries across languages", flush=True)
+                print(f"{name}: {len(rows)} cross-lingual queries", flush=True)
     for name in sources.names(settings.data, "corpora"):
         path = settings.out / f"{name}.jsonl"
         if not path.exists():
