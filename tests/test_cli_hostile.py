@@ -17,7 +17,8 @@ from small_adaptations import make_values, write_collection
 from modeling_querit.cli import main
 
 # A few in `make check`, many in `make test`.
-COUNTS = [40, pytest.param(500, marks=pytest.mark.slow)]
+# QUERIT_MUTATIONS=500 asks for a long run.
+COUNTS = [20, pytest.param(int(os.environ.get("QUERIT_MUTATIONS", "100")), marks=pytest.mark.slow)]
 
 NOTHING = "/nowhere/model"
 ROWS = [

@@ -102,8 +102,8 @@ def _read_jsonl(path: Path, has_titles: bool, on_error: OnError | None) -> Itera
         except ValueError as error:
             _refuse(error, row, on_error)
         else:
-            # A query has no title, and is not stripped: it is what `evaluate` and `rank` are given.
-            yield Text(location, str(row["_id"]), document_text(row if has_titles else row["text"]))
+            # A query has no title, and keeps its white space: it is what `evaluate` and `rank` are given.
+            yield Text(location, str(row["_id"]), document_text(row) if has_titles else row["text"])
 
 
 def _read_table(path: Path, has_titles: bool, on_error: OnError | None) -> Iterator[Text]:
@@ -121,8 +121,8 @@ def _read_table(path: Path, has_titles: bool, on_error: OnError | None) -> Itera
             _refuse(error, line.decode(errors="replace"), on_error)
         else:
             title = columns[1] if len(columns) == 3 else ""
-            document = {"title": title, "text": columns[-1]} if has_titles else columns[-1]
-            yield Text(location, columns[0], document_text(document))
+            text = document_text({"title": title, "text": columns[-1]}) if has_titles else columns[-1]
+            yield Text(location, columns[0], text)
 
 
 def _refuse(error: ValueError, row: Any, on_error: OnError | None) -> None:
@@ -146,7 +146,7 @@ def _open_ir_dataset(name: str) -> tuple[Texts, Texts]:
 
     def read_queries(_: OnError | None) -> Iterator[Text]:
         for number, query in enumerate(dataset.queries_iter(), start=1):
-            yield Text(f"{name}, query {number}", query.query_id, document_text(query.default_text()))
+            yield Text(f"{name}, query {number}", query.query_id, query.default_text())
 
     def read_documents(_: OnError | None) -> Iterator[Text]:
         for number, document in enumerate(dataset.docs_iter(), start=1):

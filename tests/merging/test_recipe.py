@@ -147,7 +147,7 @@ def test_the_command_with_a_recipe(querit, pair, whole_merges, tmp_path):
         (["--dtype", "int8"], "dtype is 'int8'"),
         (["--max-shard-size", "huge"], "huge"),
         (["--recipe", "nowhere.json"], "nowhere.json"),
-        (["./nowhere"], "nowhere is not a folder"),
+        (["./nowhere"], "There is no folder ./nowhere"),
     ],
 )
 def test_errors_are_one_line_and_code_2(querit, pair, tmp_path, options, message):
