@@ -41,8 +41,8 @@ def execution_device(model: PreTrainedModel) -> torch.device:
     return model.device if weight is None else weight.device
 
 
-def turn(model: nn.Module) -> AbstractContextManager[Any]:
-    """Return what a forward pass has to be within: a lock if the model's weights are offloaded, else nothing."""
+def forward_lock(model: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context manager for forward passes: a lock if weights are offloaded, else one that does nothing."""
     is_offloaded = any(getattr(hook, "offload", False) for module in model.modules() for hook in _hooks(module))
     return _turns.lock if is_offloaded else nullcontext()
 

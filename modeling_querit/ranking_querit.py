@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .calibration_querit import probability_of
-from .offloading_querit import execution_device, turn
+from .offloading_querit import execution_device, forward_lock
 from .packed_attention_querit import KeyValueStates, PackingError
 from .packed_forward_querit import is_causal, rope_depends_on_length, supports_packing
 from .packing_querit import plan_packs
@@ -253,7 +253,7 @@ class _Window:
     def score(self, progress: Any) -> Tensor:
         """Score all pairs, (pairs,) in float32; if memory runs out, the rest is scored in smaller batches."""
         _processes_that_rank.add(os.getpid())
-        with turn(self.model), torch._C._InferenceMode(True):
+        with forward_lock(self.model), torch._C._InferenceMode(True):
             while len(self.done) < len(self.input_ids):
                 try:
                     for pairs, scores in self._score_packed() if self._can_pack() else self._score_padded():

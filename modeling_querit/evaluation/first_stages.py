@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.identity import identity_of
 from ..files import sha256
-from ..processing_querit import document_text
+from ..processing_querit import Document, document_text
 from ..retrieval.bm25 import BM25
 from ..retrieval.collection import Collection
 from ..retrieval.runs import is_run, read_run
@@ -22,6 +23,22 @@ from ..retrieval.sampling import Retriever
 Candidates = dict[str, dict[str, float]]
 
 BM25_NAME, LISTED_NAME = "bm25", "candidates"
+
+
+@dataclass(frozen=True)
+class NamedFirstStage:
+    """A first stage that has a name of its own; any other name is that of an encoder or a run.
+
+    Args:
+        index: Function that indexes documents by id.
+        package: Python package whose version decides its scores.
+    """
+
+    index: Callable[[Mapping[str, Document]], Retriever]
+    package: str
+
+
+FIRST_STAGES = {BM25_NAME: NamedFirstStage(BM25, "bm25s")}
 
 
 def answerable_queries(collection: Collection) -> list[str]:
@@ -49,7 +66,7 @@ def sample_queries(collection: Collection, limit: int | None = None, seed: int =
 
 
 def unknown_relevant_documents(collection: Collection) -> list[str]:
-    """List the relevant documents that the collection does not hold, and that no ranking can find, therefore.
+    """List the relevant documents that are missing from the collection, so that no ranking can contain them.
 
     Raises:
         ValueError: if it holds none of them: then the judgements are those of another collection.
@@ -192,9 +209,9 @@ def find_candidates(
 
 
 def make_first_stage(name: str, collection: Collection, cache: str | os.PathLike[str] | None = None) -> Retriever:
-    """Index a collection by `bm25` or an encoder; see `find_candidates`."""
-    if name == BM25_NAME:
-        return BM25(collection.documents)
+    """Index a collection by one of `FIRST_STAGES` or an encoder; see `find_candidates`."""
+    if name in FIRST_STAGES:
+        return FIRST_STAGES[name].index(collection.documents)
     from ..retrieval.dense import DenseIndex, load_encoder
 
     return DenseIndex(collection.documents, load_encoder(name), folder=cache)
@@ -211,7 +228,7 @@ def check_first_stage(name: str) -> None:
     if is_run(name):
         if not read_run(name):
             raise ValueError(f"{name} is empty: a run has lines of 'query Q0 document rank score tag'.")
-    elif name not in (BM25_NAME, LISTED_NAME):
+    elif name != LISTED_NAME and name not in FIRST_STAGES:
         from ..checkpoints.loading import check_available
         from ..retrieval.dense import PACKAGES, check_package
 
@@ -228,7 +245,9 @@ def identity_of_first_stage(name: str) -> Any:
         return sha256(name)
     from ..retrieval.dense import PACKAGES
 
-    package = PACKAGES.get(name) or ("bm25s" if name in (BM25_NAME, LISTED_NAME) else None)
+    # Listed candidates are put in the order of BM25.
+    name = BM25_NAME if name == LISTED_NAME else name
+    package = FIRST_STAGES[name].package if name in FIRST_STAGES else PACKAGES.get(name)
     return version(package) if package else identity_of(name)
 
 

@@ -139,7 +139,9 @@ def main() -> None:
     tokenizer = reranker.processor.tokenizer
 
     def tokens(texts: Sequence[str]) -> list[list[int]]:
-        return reranker.processor._tokenize(list(texts))["input_ids"] if texts else []
+        # As pairs are: the name of a special token in a text is text.
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return tokenizer(list(texts), **options)["input_ids"] if texts else []
 
     lists = [json.loads(line) for line in settings.validation.read_text(encoding="utf-8").splitlines()]
     documents: list[list[int]] = []
