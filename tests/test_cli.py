@@ -385,8 +385,8 @@ def test_output_that_nobody_reads_ends_a_command_quietly(arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_a_ranking_that_nobody_reads_ends_quietly(saved_folder, documents, options):
-    arguments = ["rerank", "--query", tiny.QUERY, "--model", saved_folder, documents, *options]
+def test_a_ranking_that_nobody_reads_ends_quietly(saved_folders, documents, options):
+    arguments = ["rerank", "--query", tiny.QUERY, "--model", saved_folders("qwen3"), documents, *options]
     assert run_into_closed_pipe(*arguments) == (141, "")
 
 

@@ -97,7 +97,7 @@ def assert_equal(first, second):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "lora"), [(0, {}), (1, {}), (2, {"lora_rank": 2})])
+@pytest.mark.parametrize(("seed", "lora"), [(0, {}), (2, {"lora_rank": 2})])
 def test_killed_at_random_and_resumed_gives_the_same_weights(flags, tmp_path, seed, lora):
     assert launch(flags("whole", **lora)) == 0
     rng = random.Random(seed)
