@@ -284,18 +284,20 @@ def test_help_imports_neither_torch_nor_transformers():
 
 
 @pytest.mark.slow
-def test_rerank_prints_nothing_but_its_result(saved_folder, documents):
+def test_rerank_prints_nothing_but_its_result(saved_folders, documents):
     pytest.importorskip("torchao")
     program = AT_EXIT.format({"torch", "torchao.utils"})
-    done = run_process("rerank", "--query", tiny.QUERY, "--model", saved_folder, "--json", documents, program=program)
+    done = run_process(
+        "rerank", "--query", tiny.QUERY, "--model", saved_folders("qwen3"), "--json", documents, program=program
+    )
     assert (done.returncode, done.stderr) == (0, "['torch']\n")
     assert len(json.loads(done.stdout)["results"]) == len(LINES)
 
 
 @pytest.mark.slow
-def test_torchao_is_imported_for_int8(saved_folder, documents):
+def test_torchao_is_imported_for_int8(saved_folders, documents):
     pytest.importorskip("torchao")
-    options = ["--model", saved_folder, "--json", "--int8", documents]
+    options = ["--model", saved_folders("qwen3"), "--json", "--int8", documents]
     done = run_process("rerank", "--query", tiny.QUERY, *options, program=AT_EXIT.format({"torchao.utils"}))
     assert (done.returncode, done.stderr) == (0, "['torchao.utils']\n")
 

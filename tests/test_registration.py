@@ -28,9 +28,7 @@ def load_after(folder, *statements):
     [
         ["import modeling_querit"],
         ["import modeling_querit", "import transformers.modeling_utils"],
-        ["import modeling_querit", "import transformers.modeling_layers"],
         ["import transformers", "import modeling_querit"],
-        ["from transformers import AutoConfig", "import modeling_querit"],
         ["from transformers import AutoModel", "import modeling_querit"],
         ["from modeling_querit import QueritForSequenceRanking"],
     ],

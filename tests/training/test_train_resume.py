@@ -1,4 +1,7 @@
-"""Runs that are killed and resumed: the result is the same as if nothing had happened."""
+"""Runs that are killed and resumed: the result is the same as if nothing had happened.
+
+On the architecture that also has experts: what is saved and restored of a run is the same for both.
+"""
 
 import json
 import multiprocessing
@@ -70,10 +73,10 @@ def launch(flags, step=None, event=None):
 
 
 @pytest.fixture
-def flags(saved_folder, tmp_path):
+def flags(saved_folders, tmp_path):
     write_jsonl(ROWS, tmp_path / "rows.jsonl")
     settings = {
-        "model": saved_folder,
+        "model": saved_folders("deepseek_v3"),
         "train": tmp_path / "rows.jsonl",
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
@@ -141,11 +144,11 @@ def test_a_named_checkpoint_is_resumed(flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stream_is_resumed_in_a_later_pass(saved_folder, tmp_path):
+def test_a_stream_is_resumed_in_a_later_pass(saved_folders, tmp_path):
     """Six rows are read again and again: step 8 of two queries each is in the third pass."""
     pytest.importorskip("datasets")
     write_jsonl(ROWS[:6], tmp_path / "rows.jsonl")
-    settings = {"model": str(saved_folder), "train": [str(tmp_path / "rows.jsonl")], "streaming": True}
+    settings = {"model": str(saved_folders("deepseek_v3")), "train": [str(tmp_path / "rows.jsonl")], "streaming": True}
     settings |= {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
     settings |= {"save_strategy": "steps", "save_steps": 8}
     train(make_settings(tmp_path / "whole", max_steps=11, **settings))
