@@ -129,7 +129,7 @@ class Command:
         return {
             "seconds": end - self._start,
             "seconds_from_first_score": end - (first_score or end),
-            "mib_in_first_quarter": max(samples[:quarter], default=0.0),
+            "mib_in_first_quarter": max(samples[:quarter], default=peak),
             "mib_peak": peak,
         }
 
