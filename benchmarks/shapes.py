@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFa
 
 from modeling_querit import QueritConfig, QueritForSequenceRanking, QueritProcessor
 from modeling_querit.files import atomic_folder
-from modeling_querit.processing_querit import CLS_TOKEN
+from modeling_querit.pair_encoding_querit import CLS_TOKEN
 from modeling_querit.saving_querit import write_folder_files
 
 # Weights that are drawn at once, in float32.

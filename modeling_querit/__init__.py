@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from .configuration_querit import QueritConfig
     from .evaluation.evaluate import evaluate
     from .modeling_querit import QueritForSequenceClassification, QueritForSequenceRanking, QueritOutput
-    from .processing_querit import EncodedPair, QueritProcessor
+    from .pair_encoding_querit import EncodedPair
+    from .processing_querit import QueritProcessor
     from .ranking_querit import RankedDocument
 
 # Public names and their modules, which are imported when a name is used: torch and transformers take seconds.
 _MODULES = {
-    "EncodedPair": "processing_querit",
+    "EncodedPair": "pair_encoding_querit",
     "QueritConfig": "configuration_querit",
     "QueritForSequenceClassification": "modeling_querit",
     "QueritForSequenceRanking": "modeling_querit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ AUTO_MAP = {
     "AutoConfig": "configuration_querit.QueritConfig",
     "AutoModel": "modeling_querit.QueritForSequenceRanking",
     "AutoModelForSequenceClassification": "modeling_querit.QueritForSequenceClassification",
+}
+CUSTOM_PIPELINES = {
+    "text-classification": {
+        "impl": "pipeline_querit.QueritPipeline",
+        "pt": ["AutoModelForSequenceClassification"],
+        "type": "text",
+    }
 }
 # p1 - p0 = tanh((z1 - z0) / 2): the activation that turns the classifier's logit into the published score.
 # sentence-transformers and vLLM read it from the config.
@@ -99,9 +107,10 @@ class QueritConfig(PreTrainedConfig):
         return config_dict, kwargs
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write `config.json` with the auto_map of the code files beside it."""
+        """Write `config.json`, which names the classes in the code files beside it."""
         # Assigned anew each time: after loading from a repository the entries contain that repository's name.
         self.auto_map = dict(AUTO_MAP)
+        self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         # One folder, whichever of the two classes held the weights.
         self.architectures = ["QueritForSequenceRanking"]
         # A local folder means nothing to others who load the config.

@@ -216,7 +216,7 @@ def print_ranking(query: str, ranking: Sequence[RankedDocument]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .processing_querit import document_text
+    from .pair_encoding_querit import document_text
 
     table = Table(
         title=Text(printable(" ".join(query.split()))), title_justify="left", box=None, pad_edge=False, expand=True

@@ -25,7 +25,8 @@ from .offloading_querit import execution_device
 from .packed_attention_querit import KeyValueStates
 from .packed_forward_querit import is_causal, run_packed
 from .packing_querit import Pack
-from .processing_querit import TOKENIZER_FILES, Document, Pair, QueritProcessor
+from .pair_encoding_querit import CLS_TOKEN, Document, Pair
+from .processing_querit import TOKENIZER_FILES, QueritProcessor
 from .prompt_learning_querit import without_prompts
 from .ranking_querit import RankedDocument, rank_documents, score_stream
 from .saving_querit import (
@@ -92,6 +93,7 @@ class QueritPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _processor: QueritProcessor | None = None
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"rotary_emb\.inv_freq$"]
 
     @classmethod
@@ -240,7 +242,7 @@ class QueritPreTrainedModel(PreTrainedModel):
     @property
     def processor(self) -> QueritProcessor:
         """The processor saved beside the weights, read with them; assign one to a model built from a config."""
-        processor = getattr(self, "_processor", None)
+        processor = self._processor
         if processor is None:
             raise ValueError(
                 f"{self.name_or_path or 'The model'} has no tokenizer: it was built from a config, or none was found "
@@ -316,7 +318,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
 
         Raises:
             PackingError: if packs cannot express the backbone's attention.
-            ValueError: if the arguments do not go together.
+            ValueError: if the arguments do not go together, or a row of `input_ids` does not end in `[CLS]`.
         """
         if labels is not None and query_ids is None:
             raise ValueError("labels need query_ids, (batch,): the loss compares the documents of one query.")
@@ -337,6 +339,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             if inputs is None:
                 raise ValueError("There are no inputs: give input_ids, inputs_embeds or a pack.")
             attention_mask, is_token = prepare_mask(attention_mask, inputs.shape[0], self.dtype, is_causal(self.model))
+            if input_ids is not None and self._processor is not None:
+                check_last_tokens(input_ids, is_token, self._processor.cls_token_id)
             if position_ids is None and is_token is not None:
                 position_ids = (is_token.cumsum(-1) - 1).clamp(min=0)
             outputs = run_backbone(
@@ -492,8 +496,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
 class QueritForSequenceClassification(QueritForSequenceRanking):
     """The same weights with one logit, `(z1 - z0) / 2`, whose tanh is the score.
 
-    For CrossEncoder of sentence-transformers, which takes template and tanh from the folder; a plain
-    text-classification pipeline applies neither.
+    For CrossEncoder of sentence-transformers, which takes template and tanh from the folder, and for whatever takes
+    classifiers of transformers; `pipeline("text-classification")` takes the score itself.
     """
 
     def _public_logits(self, logits: torch.Tensor) -> torch.Tensor:
@@ -573,6 +577,33 @@ def prepare_mask(
         blocked = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
         attention_mask = blocked.masked_fill(~attention_mask, torch.finfo(dtype).min)
     return attention_mask, is_token
+
+
+def check_last_tokens(input_ids: torch.Tensor, is_token: torch.Tensor | None, cls_token_id: int) -> None:
+    """Check that the last token of each text is `[CLS]`, where the model reads its score.
+
+    Args:
+        input_ids: Token ids, (batch, sequence).
+        is_token: Booleans that tell tokens from padding, (batch, sequence); None: all are tokens.
+        cls_token_id: Id of `[CLS]`.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    # A check of values cannot be part of a graph.
+    if torch.compiler.is_compiling() or input_ids.device.type == "meta" or not input_ids.numel():
+        return
+    last = last_token(input_ids, is_token)
+    is_wrong = last != cls_token_id
+    if is_token is not None:
+        is_wrong = is_wrong & is_token.any(-1).to(is_wrong.device)
+    if is_wrong.any():
+        row = int(is_wrong.nonzero()[0])
+        raise ValueError(
+            f"Row {row} of input_ids ends in token {int(last[row])}, not in {CLS_TOKEN}, where the score is read: give "
+            "model.processor(queries, documents), or tokenizer(queries, documents) by the model's own tokenizer, which "
+            "AutoTokenizer loads with trust_remote_code=True."
+        )
 
 
 def _linked_positions(may_attend: torch.Tensor) -> torch.Tensor:

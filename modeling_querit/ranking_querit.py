@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .arguments_querit import check_count, describe
 from .calibration_querit import probability_of
 from .offloading_querit import execution_device, forward_lock
 from .packed_attention_querit import KeyValueStates, PackingError
 from .packed_forward_querit import is_causal, rope_depends_on_length, supports_packing
 from .packing_querit import plan_packs
-from .processing_querit import Document, EncodedPair, Pair, check_count, describe
+from .pair_encoding_querit import Document, EncodedPair, Pair
 from .prompt_learning_querit import check_no_prompt
 from .shallow_copies_querit import evaluation_copy
 

@@ -17,7 +17,7 @@ _MODEL_MODULE = "transformers.models.auto.modeling_auto"
 
 
 def register_when_imported() -> None:
-    """Register our config and models as soon as transformers' auto classes are imported; at once if they already are.
+    """Register our classes as soon as transformers' auto classes are imported; at once if they already are.
 
     After `import modeling_querit`, `AutoModel.from_pretrained(folder)` loads our folders without remote code, whichever
     of the two packages was imported first. Importing transformers for this would take seconds, also for
@@ -60,7 +60,7 @@ class _RegisteringFinder(MetaPathFinder):
         loader.exec_module = exec_module  # type: ignore[method-assign]
 
     def register_imported(self) -> None:
-        """Register the config if `AutoConfig` is imported, and the models if `AutoModel` is, which ends the task."""
+        """Register the config if `AutoConfig` is imported, and the rest if `AutoModel` is, which ends the task."""
         try:
             if _CONFIG_MODULE in sys.modules:
                 _register_config()
@@ -84,10 +84,12 @@ def _register_config() -> None:
 
 
 def _register_models() -> None:
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
     from .configuration_querit import QueritConfig
     from .modeling_querit import QueritForSequenceClassification, QueritForSequenceRanking
+    from .tokenization_querit import QueritTokenizer
 
     AutoModel.register(QueritConfig, QueritForSequenceRanking, exist_ok=True)
     AutoModelForSequenceClassification.register(QueritConfig, QueritForSequenceClassification, exist_ok=True)
+    AutoTokenizer.register(QueritConfig, fast_tokenizer_class=QueritTokenizer, exist_ok=True)

@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .configuration_querit import ACTIVATION
+from .pipeline_querit import QueritPipeline
 from .validation_querit import INDEX_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def write_code_files(model: QueritPreTrainedModel, folder: str | os.PathLike[str
     folder = Path(folder)
     # Not type(model): FSDP gives a model a class of torch's, whose file would be copied.
     model_class = next(parent for parent in type(model).__mro__ if parent.__module__.endswith("modeling_querit"))
-    custom_object_save(object.__new__(model_class), folder)
+    for object_class in (model_class, QueritPipeline):
+        custom_object_save(object.__new__(object_class), folder)
     for name, content in SENTENCE_TRANSFORMERS_FILES.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     write_card_stub(folder, folder.name)

@@ -16,10 +16,11 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_querit import QueritForSequenceRanking, QueritProcessor
-from modeling_querit.processing_querit import CHAT_TEMPLATE
+from modeling_querit.tokenization_querit import CHAT_TEMPLATE
 
 FILES = {
     "README.md",
+    "arguments_querit.py",
     "calibration_querit.py",
     "chat_template.jinja",
     "config.json",
@@ -36,14 +37,17 @@ FILES = {
     "offloading_querit.py",
     "prompt_learning_querit.py",
     "shallow_copies_querit.py",
-    "tokenizing_querit.py",
+    "tokenizer_backend_querit.py",
     "packed_attention_querit.py",
     "packed_forward_querit.py",
     "packing_querit.py",
+    "pair_encoding_querit.py",
+    "pipeline_querit.py",
     "processing_querit.py",
     "ranking_querit.py",
     "saving_querit.py",
     "sentence_bert_config.json",
+    "tokenization_querit.py",
     "tokenizer.json",
     "tokenizer_config.json",
     "validation_querit.py",
@@ -100,8 +104,8 @@ def test_tokenizer_files(saved_folder):
     assert config["cls_token"] == "[CLS]"
     assert config["padding_side"] == "left"
     assert config["model_max_length"] == tiny.MAX_LENGTH
-    # No class of ours or of a backbone: any transformers can read it.
-    assert "auto_map" not in config
+    assert config["tokenizer_class"] == "QueritTokenizer"
+    assert config["auto_map"] == {"AutoTokenizer": ["tokenization_querit.QueritTokenizer", None]}
     assert json.loads((saved_folder / "tokenizer.json").read_text())["truncation"] is None
 
 

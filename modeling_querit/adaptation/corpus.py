@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..files import read_jsonl
-from ..processing_querit import document_text
+from ..pair_encoding_querit import document_text
 from ..retrieval.bm25 import tokenize
 from ..retrieval.collection import Source
 

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from ..processing_querit import document_text
+from ..pair_encoding_querit import document_text
 from ..retrieval.bm25 import UNSPACED_SCRIPTS, tokenize
 from .corpus import CacheIdentity, CorpusDocument
 from .prompts import QueryRequest

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from ..processing_querit import document_text
+from ..pair_encoding_querit import document_text
 from ..retrieval.bm25 import tokenize
 from ..retrieval.sampling import Retriever
 from .corpus import UNKNOWN_LANGUAGE, CorpusDocument, detect_language

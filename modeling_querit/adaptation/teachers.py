@@ -21,7 +21,7 @@ from ..cache import key_of
 from ..checkpoints.identity import identity_of
 from ..checkpoints.loading import default_device, load_model
 from ..checkpoints.safetensors_io import parse_dtype
-from ..processing_querit import document_text
+from ..pair_encoding_querit import document_text
 from .candidates import FirstStage, is_first_stage, make_first_stage
 from .corpus import CacheIdentity, CorpusDocument
 from .endpoint import Endpoint, Malformed, Refused

@@ -23,7 +23,8 @@ from transformers import (
 
 from ..configuration_querit import QueritConfig
 from ..modeling_querit import QueritForSequenceRanking
-from ..processing_querit import CLS_TOKEN, DEFAULT_INSTRUCTION, QueritProcessor, explain_tokenizer_errors
+from ..pair_encoding_querit import CLS_TOKEN, DEFAULT_INSTRUCTION
+from ..processing_querit import QueritProcessor, explain_tokenizer_errors
 from ..validation_querit import CONFIG_FILE, check_builds, check_config, check_model, read_json_object
 
 logger = logging.getLogger(__name__)

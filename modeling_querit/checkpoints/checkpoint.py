@@ -22,12 +22,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from transformers import PreTrainedConfig
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import extract_commit_hash
 
 from ..cards import NOTICE_FILE, Terms, combine_terms, read_terms
 from ..files import atomic_folder
 from ..modeling_querit import QueritForSequenceRanking
-from ..processing_querit import EARLIER_TEMPLATE_END, TEMPLATE_END
+from ..tokenization_querit import EARLIER_TEMPLATE_END, TEMPLATE_END, QueritTokenizer
 from ..validation_querit import CONFIG_FILE, read_json_object
 from .adapters import ADAPTER_CONFIG, apply_adapter, base_model_of
 from .loading import check_head, check_local_path, is_reranker, load_for_training, unreachable
@@ -235,7 +236,11 @@ def _tokenizer_files(folder: Path, config: Mapping[str, Any]) -> tuple[Path, ...
     """Find the tokenizer files of a folder in Querit's layout; the tokenizers of other layouts have to be rewritten."""
     files = tuple(folder / name for name in _TOKENIZER_FILES)
     is_querit = config.get("model_type") == QueritForSequenceRanking.config_class.model_type
-    return files if is_querit and all(path.is_file() for path in files) else ()
+    if not is_querit or not all(path.is_file() for path in files):
+        return ()
+    # Earlier folders have a tokenizer of another class, which could not encode pairs.
+    tokenizer_class = get_tokenizer_config(folder).get("tokenizer_class")
+    return files if tokenizer_class == QueritTokenizer.__name__ else ()
 
 
 def _revision_of(folder: Path) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -170,7 +170,7 @@ def _write_published(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | 
         "dtype": _dtype_name(dtype or checkpoint.tensors["score.weight"].dtype),
     }
     _write_config(config, folder)
-    model.processor.tokenizer.save_pretrained(folder)
+    model.processor.generic_tokenizer().save_pretrained(folder)
     _write_terms(checkpoint, folder, dropped_calibration([model.config]))
 
 
@@ -186,7 +186,15 @@ def _write_seq_cls(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | No
     card += dropped_calibration([checkpoint.model.config])
     (folder / "README.md").write_text(card, encoding="utf-8")
     checkpoint.terms.write(folder)
-    checkpoint.model.processor.save_pretrained(folder)
+    _write_tokenizer_with_code(checkpoint.model.processor, folder)
+
+
+def _write_tokenizer_with_code(processor: QueritProcessor, folder: Path) -> None:
+    """Write a tokenizer that any runtime loads for single texts, and with `trust_remote_code` for pairs, too."""
+    processor.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = read_json_object(path) | {"tokenizer_class": PreTrainedTokenizerFast.__name__}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _classifier_of(checkpoint: Checkpoint) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from transformers.utils import logging
 
-from ..processing_querit import document_text
+from ..pair_encoding_querit import document_text
 from ..retrieval.collection import Collection
 from ..retrieval.sampling import Retriever
 from .comparison import bootstrap_interval, p_value

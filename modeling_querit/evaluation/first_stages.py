@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checkpoints.identity import identity_of
 from ..files import sha256
-from ..processing_querit import Document, document_text
+from ..pair_encoding_querit import Document, document_text
 from ..retrieval.bm25 import BM25
 from ..retrieval.collection import Collection
 from ..retrieval.runs import is_run, read_run

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from ..files import parse_json, read_lines
-from ..processing_querit import Document, Pair
+from ..pair_encoding_querit import Document, Pair
 from ..rejects import Rejects
 from ..retrieval.collection import checked_document
 from ..retrieval.runs import Hit, parse_run_line

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import bm25s
 import regex
 
-from ..processing_querit import Document, document_text
+from ..pair_encoding_querit import Document, document_text
 
 # Ranges of scripts written without spaces between words, for use in a character class of a regular expression.
 UNSPACED_SCRIPTS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"

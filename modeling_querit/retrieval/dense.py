@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from ..processing_querit import Document, document_text
+from ..pair_encoding_querit import Document, document_text
 
 if TYPE_CHECKING:
     import faiss

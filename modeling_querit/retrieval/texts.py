@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files import decode_line, read_jsonl, read_lines
-from ..processing_querit import document_text
+from ..pair_encoding_querit import document_text
 from .collection import check_text
 
 # What is called with the error and the raw line instead of raising.

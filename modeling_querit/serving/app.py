@@ -16,7 +16,7 @@ from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from ..processing_querit import Document, document_text
+from ..pair_encoding_querit import Document, document_text
 from .engine import Engine, Scored
 from .errors import RequestError, error_response, validation_sentence
 from .jobs import Options

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from hashlib import blake2b
 
-from ..processing_querit import Pair, document_text
+from ..pair_encoding_querit import Pair, document_text
 
 # A key of 16 bytes, a float and their place in an ordered dictionary, as CPython stores them.
 _BYTES_PER_SCORE = 256

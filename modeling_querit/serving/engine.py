@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..processing_querit import Pair, QueritProcessor
+from ..pair_encoding_querit import Pair
+from ..processing_querit import QueritProcessor
 from ..ranking_querit import default_batch_tokens, score_stream
 from .cache import ScoreCache, pair_key
 from .errors import RequestError

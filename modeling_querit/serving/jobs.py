@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from ..packing_querit import common_prefix
-from ..processing_querit import EncodedPair, Pair
+from ..pair_encoding_querit import EncodedPair, Pair
 
 
 class Options(NamedTuple):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ..processing_querit import Pair
+from ..pair_encoding_querit import Pair
 from .jobs import Job, Options, Slice
 from .metrics import Metrics
 

@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ..processing_querit import Document
+from ..pair_encoding_querit import Document
 
 
 def _check_document(document: Any) -> Document:

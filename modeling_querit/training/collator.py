@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..packing_querit import plan_packs
-from ..processing_querit import DEFAULT_INSTRUCTION, QueritProcessor
+from ..pair_encoding_querit import DEFAULT_INSTRUCTION
+from ..processing_querit import QueritProcessor
 from .data import Row
 
 

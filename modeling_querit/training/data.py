@@ -12,7 +12,7 @@ from typing import Any, Required, TypedDict, cast
 from torch.utils.data import Dataset
 
 from ..files import read_jsonl
-from ..processing_querit import Document
+from ..pair_encoding_querit import Document
 from ..rejects import Rejects
 from ..retrieval.collection import Source
 

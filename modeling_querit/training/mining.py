@@ -6,7 +6,7 @@ import random
 
 from ..evaluation.evaluate import Reranker
 from ..evaluation.first_stages import answerable_queries, first_stage_candidates
-from ..processing_querit import document_text
+from ..pair_encoding_querit import document_text
 from ..retrieval.bm25 import BM25
 from ..retrieval.collection import Collection
 from ..retrieval.sampling import Bands, Retriever

@@ -5,7 +5,8 @@ from modeling_querit.adaptation.prompts import QueryRequest
 from modeling_querit.checkpoints.backbone import from_backbone
 from modeling_querit.mixed_precision_querit import fastest_dtypes
 from modeling_querit.modeling_querit import QueritForSequenceRanking
-from modeling_querit.processing_querit import DEFAULT_INSTRUCTION, QueritProcessor
+from modeling_querit.pair_encoding_querit import DEFAULT_INSTRUCTION
+from modeling_querit.processing_querit import QueritProcessor
 from modeling_querit.retrieval.bm25 import BM25
 from modeling_querit.training.losses import listwise_kl, margin_mse, pointwise_bce
 

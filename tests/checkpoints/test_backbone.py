@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from modeling_querit import QueritForSequenceRanking, from_backbone
-from modeling_querit.processing_querit import DEFAULT_INSTRUCTION
+from modeling_querit.pair_encoding_querit import DEFAULT_INSTRUCTION
 
 
 def tokenizer_without_cls(third_token):

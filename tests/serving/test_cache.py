@@ -33,7 +33,7 @@ options = st.tuples(st.none() | texts, st.none() | st.integers(1, 3))
 
 @given(st.tuples(texts, documents), st.tuples(texts, documents), options, options)
 def test_keys_are_equal_only_for_what_the_model_reads_alike(first, second, first_options, second_options):
-    from modeling_querit.processing_querit import document_text
+    from modeling_querit.pair_encoding_querit import document_text
 
     def read(pair, options):
         return pair[0], document_text(pair[1]), options

@@ -1,6 +1,6 @@
 import pytest
 
-from modeling_querit.processing_querit import EncodedPair
+from modeling_querit.pair_encoding_querit import EncodedPair
 from modeling_querit.serving.jobs import Job, Options
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from modeling_querit.processing_querit import EncodedPair
+from modeling_querit.pair_encoding_querit import EncodedPair
 from modeling_querit.serving.jobs import Job, Options
 from modeling_querit.serving.metrics import Metrics
 from modeling_querit.serving.scheduler import QueueFullError, Scheduler

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from modeling_querit.tokenizing_querit import copy_backend, first_size, first_tokens, reach
+from modeling_querit.tokenizer_backend_querit import copy_backend, first_size, first_tokens, reach
 
 CORPUS = [
     "who wrote the book about the content? the judge wrote it, in a novel.; aa aaa aaaa",
