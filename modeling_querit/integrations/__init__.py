@@ -1,0 +1,1 @@
+"""Rerankers as components of retrieval frameworks."""
