@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
+import forked_python as forking
 import packs
 import pytest
 import tiny
@@ -58,6 +59,13 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", params=tiny.ARCHITECTURES)
 def architecture(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def forked_python(tmp_path_factory):
+    """The path of a command that is `python` with its large libraries imported."""
+    with forking.forked_python(tmp_path_factory.mktemp("forked")) as path:
+        yield path
 
 
 @pytest.fixture(scope="session")

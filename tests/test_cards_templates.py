@@ -207,14 +207,14 @@ def test_every_card_shows_the_same_use():
 
 
 @pytest.mark.slow
-def test_the_code_in_the_cards_runs_without_the_package(saved_folder, tmp_path):
+def test_the_code_in_the_cards_runs_without_the_package(saved_folder, forked_python, tmp_path):
     pytest.importorskip("sentence_transformers")
     blocks = re.findall(r"```python\n(.*?)```", CARDS[0].read_text(), re.DOTALL)
     assert len(blocks) == 2
     program = "import sys\nsys.modules['modeling_querit'] = None\n" + "\n".join(blocks)
     (tmp_path / "program.py").write_text(program.replace("{name}", str(saved_folder)))
     process = subprocess.run(
-        [sys.executable, "-I", tmp_path / "program.py"],
+        [forked_python, "-I", tmp_path / "program.py"],
         env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

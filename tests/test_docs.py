@@ -90,7 +90,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 @pytest.fixture
-def clone(tmp_path, monkeypatch, saved_folders):
+def clone(tmp_path, monkeypatch, saved_folders, forked_python):
     """A place to work in that looks like a clone, where `mini` is a tiny model."""
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name not in ("runs", "build"):
@@ -104,9 +104,10 @@ def clone(tmp_path, monkeypatch, saved_folders):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     scripts = tmp_path / ".scripts"
     scripts.mkdir()
-    for name, command in (("querit", f"{sys.executable} -m modeling_querit"), ("python", sys.executable)):
+    for name, command in (("querit", f"{forked_python} -m modeling_querit"), ("python", forked_python)):
         (scripts / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (scripts / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", forked_python)
     monkeypatch.setenv("PATH", os.pathsep.join([str(scripts), os.environ["PATH"]]))
     # A block that adds a loss adds it to a copy.
     monkeypatch.setattr(losses, "LOSSES", dict(losses.LOSSES))

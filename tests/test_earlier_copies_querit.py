@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -60,7 +59,7 @@ print(json.dumps(results))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_copies_of_any_version_work_beside_each_other(tmp_path):
+def test_copies_of_any_version_work_beside_each_other(forked_python, tmp_path):
     rows = json.loads((SAVED_FOLDERS / "qwen3_scores.json").read_text(encoding="utf-8"))[:2]
     folders = [tmp_path / name for name in ("old", "new", "second_old", "second_new", "package")]
     for folder in folders:
@@ -72,7 +71,7 @@ def test_copies_of_any_version_work_beside_each_other(tmp_path):
     with (folders[3] / "modeling_querit.py").open("a", encoding="utf-8") as file:
         file.write("\n# Another release.\n")
     done = subprocess.run(
-        [sys.executable, "-c", PROCESS],
+        [forked_python, "-c", PROCESS],
         input=json.dumps([[str(folder) for folder in folders], rows]),
         env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -215,7 +214,7 @@ def test_a_broken_download_resumes(api, hub, repo, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fresh_process_needs_only_the_environment(hub, folder, tmp_path):
+def test_a_fresh_process_needs_only_the_environment(hub, folder, forked_python, tmp_path):
     script = """
 import json, sys
 from huggingface_hub import create_repo, snapshot_download, upload_folder, whoami
@@ -224,7 +223,7 @@ info = upload_folder(repo_id="someone/model", folder_path=sys.argv[1])
 print(json.dumps([whoami()["name"], url, info.oid, snapshot_download("someone/model")]))
 """
     process = subprocess.run(
-        [sys.executable, "-c", script, str(folder)],
+        [forked_python, "-c", script, str(folder)],
         env=hub.environment(tmp_path / "home", token="hf_good"),
         cwd=tmp_path,
         capture_output=True,

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import tiny
@@ -148,12 +147,12 @@ def test_a_saved_folder_loads_with_the_package(bidirectional, expected, tmp_path
 
 
 @pytest.mark.slow
-def test_a_saved_folder_loads_where_the_package_is_not_installed(bidirectional, expected, tmp_path):
+def test_a_saved_folder_loads_where_the_package_is_not_installed(bidirectional, expected, forked_python, tmp_path):
     pytest.importorskip("sentence_transformers")
     bidirectional.save_pretrained(tmp_path / "reranker")
     argument = json.dumps([str(tmp_path / "reranker"), PAIRS])
     done = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, argument],
+        [forked_python, "-c", FRESH_PROCESS, argument],
         cwd=tmp_path,
         env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

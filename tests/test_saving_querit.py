@@ -253,7 +253,7 @@ def test_saving_and_pushing_at_once(model, saved_folder, uploads, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def fresh(architecture, saved_folders, tmp_path_factory):
+def fresh(architecture, saved_folders, tmp_path_factory, forked_python):
     """Results of every runtime from the folder, in a fresh process without the package."""
     pytest.importorskip("sentence_transformers")
     work = tmp_path_factory.mktemp("fresh")
@@ -272,7 +272,7 @@ def fresh(architecture, saved_folders, tmp_path_factory):
     (work / "inputs.json").write_text(json.dumps(inputs))
     script = Path(__file__).with_name("fresh_process.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(work / "inputs.json")],
+        [forked_python, str(script), str(work / "inputs.json")],
         cwd=work,
         env=os.environ | {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,9 +32,9 @@ print(json.dumps(scores))
 """
 
 
-def score_in_fresh_process(folders, rows, home):
+def score_in_fresh_process(python, folders, rows, home):
     done = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS],
+        [python, "-c", FRESH_PROCESS],
         input=json.dumps([[str(folder) for folder in folders], rows]),
         cwd=home,
         # Not even on the path.
@@ -65,26 +64,26 @@ def test_an_earlier_folder_loads_and_scores_as_recorded(architecture, load):
 
 
 @pytest.mark.slow
-def test_an_earlier_folder_scores_as_recorded_by_its_own_code(architecture, tmp_path):
+def test_an_earlier_folder_scores_as_recorded_by_its_own_code(architecture, forked_python, tmp_path):
     """As its users load it, who never installed the package."""
     rows = recorded_rows(architecture)
-    for scores in score_in_fresh_process([SAVED_FOLDERS / architecture], rows, tmp_path):
+    for scores in score_in_fresh_process(forked_python, [SAVED_FOLDERS / architecture], rows, tmp_path):
         for row, row_scores in zip(rows, scores, strict=True):
             assert row_scores == pytest.approx(row["scores"], abs=1e-6)
 
 
 @pytest.mark.slow
-def test_an_earlier_folder_that_is_saved_again_has_the_code_of_today(architecture, tmp_path):
+def test_an_earlier_folder_that_is_saved_again_has_the_code_of_today(architecture, forked_python, tmp_path):
     model = QueritForSequenceRanking.from_pretrained(SAVED_FOLDERS / architecture)
     model.save_pretrained(tmp_path / "again")
     rows = recorded_rows(architecture)
-    [scores, _] = score_in_fresh_process([tmp_path / "again"], rows, tmp_path)
+    [scores, _] = score_in_fresh_process(forked_python, [tmp_path / "again"], rows, tmp_path)
     for row, row_scores in zip(rows, scores, strict=True):
         assert row_scores == pytest.approx(row["scores"], abs=1e-6)
 
 
 @pytest.mark.slow
-def test_several_copies_of_the_code_work_beside_each_other(model, saved_folder, architecture, tmp_path):
+def test_several_copies_of_the_code_work_beside_each_other(model, saved_folder, architecture, forked_python, tmp_path):
     """Each copy teaches transformers' attention function the same keyword; one of them is from an earlier version."""
     folders = [tmp_path / "first", tmp_path / "second", SAVED_FOLDERS / architecture]
     for folder in folders[:2]:
@@ -93,6 +92,6 @@ def test_several_copies_of_the_code_work_beside_each_other(model, saved_folder, 
     expected = model.predict(tiny.pairs(tiny.STRINGS)).tolist()
     earlier = QueritForSequenceRanking.from_pretrained(folders[2]).predict(tiny.pairs(tiny.STRINGS)).tolist()
     for [scores], wanted in zip(
-        score_in_fresh_process(folders, rows, tmp_path), [expected, expected, earlier] * 2, strict=True
+        score_in_fresh_process(forked_python, folders, rows, tmp_path), [expected, expected, earlier] * 2, strict=True
     ):
         assert scores == pytest.approx(wanted, abs=1e-5)

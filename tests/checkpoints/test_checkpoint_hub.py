@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ def upload(api, name, folder):
 
 
 @pytest.mark.slow
-def test_an_adapter_is_converted_on_the_revision_it_was_trained_on(hub, api, saved_folders, tmp_path):
+def test_an_adapter_is_converted_on_the_revision_it_was_trained_on(hub, api, saved_folders, forked_python, tmp_path):
     """The branch of its base model has no weights any more."""
     folder = saved_folders("qwen3")
     make_adapter(tmp_path / "adapter", load_for_training(folder))
@@ -48,7 +47,7 @@ def test_an_adapter_is_converted_on_the_revision_it_was_trained_on(hub, api, sav
     api.create_tag("someone/base", tag="v1")
     api.delete_file("model.safetensors", repo_id="someone/base")
     upload(api, "someone/adapter", tmp_path / "adapter")
-    command = [sys.executable, "-m", "modeling_querit", "convert", "someone/adapter", str(tmp_path / "converted")]
+    command = [forked_python, "-m", "modeling_querit", "convert", "someone/adapter", str(tmp_path / "converted")]
     environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +102,7 @@ def exports(sources, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def fresh(exports, tmp_path_factory):
+def fresh(exports, tmp_path_factory, forked_python):
     """Results of transformers and sentence-transformers in a fresh process without the package."""
     pytest.importorskip("sentence_transformers")
     work = tmp_path_factory.mktemp("fresh")
@@ -119,7 +118,7 @@ def fresh(exports, tmp_path_factory):
     }
     (work / "request.json").write_text(json.dumps(request))
     process = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "fresh_classifiers.py"), str(work / "request.json")],
+        [forked_python, str(Path(__file__).parents[1] / "fresh_classifiers.py"), str(work / "request.json")],
         cwd=work,
         env=os.environ | {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

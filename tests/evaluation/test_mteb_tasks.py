@@ -1,6 +1,5 @@
 import json
 import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 
@@ -137,14 +136,14 @@ def hub(online, tmp_path, saved_folders):
         yield server
 
 
-def test_the_paper_s_protocol_from_a_hub(hub, tmp_path):
+def test_the_paper_s_protocol_from_a_hub(hub, forked_python, tmp_path):
     """Everything of examples/evaluate_paper.yaml but its size and its encoder, which only the real Hub has."""
     text = (ROOT / "examples/evaluate_paper.yaml").read_text()
     settings = text.replace("Qwen/Qwen3-Embedding-0.6B", "bm25").replace("depth: 100", "depth: 5")
     settings = settings[: settings.index("benchmarks:")] + "tasks: [SciFact, MIRACLRetrieval, RuBQReranking]\n"
     (tmp_path / "paper.yaml").write_text(settings + "languages: [eng, rus]\n")
     environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "modeling_querit", "evaluate", "--config", "paper.yaml", "-o", "out"]
+    command = [forked_python, "-m", "modeling_querit", "evaluate", "--config", "paper.yaml", "-o", "out"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     results = read_json(tmp_path / "out/results.json")

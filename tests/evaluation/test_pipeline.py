@@ -2,7 +2,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -109,18 +108,21 @@ def test_a_folder_of_another_evaluation_is_refused(undisturbed, rerankers, colle
 
 
 @pytest.mark.slow
-def test_two_processes_that_resume_a_killed_one_write_the_same_files(undisturbed, rerankers, collection, tmp_path):
+def test_two_processes_that_resume_a_killed_one_write_the_same_files(
+    undisturbed, rerankers, collection, forked_python, tmp_path
+):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = ["modeling_querit", "evaluate", *rerankers, "--collection", str(collection), "--depth", "8"]
     arguments += ["-o", str(tmp_path / "out")]
-    with subprocess.Popen([sys.executable, "-m", *arguments], env=environment, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([forked_python, "-m", *arguments], env=environment, stderr=subprocess.PIPE) as process:
         scores = tmp_path / "out/scores/animals_test"
         while process.poll() is None and not any(path.stat().st_size for path in scores.glob("*/*.jsonl")):
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+        # As abrupt as SIGKILL.
+        process.send_signal(signal.SIGUSR1)
+    assert process.returncode == -signal.SIGUSR1, "it ended before it could be killed"
     assert not (tmp_path / "out/results.json").exists()
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    launch = [forked_python, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m"]
     done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

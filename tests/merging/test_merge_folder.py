@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -341,13 +340,14 @@ merge.merge_checkpoints(Recipe(sys.argv[1:3]), sys.argv[3])
 
 
 @pytest.mark.slow
-def test_a_killed_merge_leaves_no_folder(pair, tmp_path):
-    command = [sys.executable, "-c", KILLED, *pair, str(tmp_path / "new")]
+def test_a_killed_merge_leaves_no_folder(pair, forked_python, tmp_path):
+    command = [forked_python, "-c", KILLED, *pair, str(tmp_path / "new")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         assert process.stdout.readline() == b"merging\n"
         # The merge is being written.
         assert list(tmp_path.rglob("model.safetensors"))
-        process.send_signal(signal.SIGKILL)
+        # As abrupt as SIGKILL.
+        process.send_signal(signal.SIGUSR1)
         process.wait()
     assert not (tmp_path / "new").exists()
     assert all(path.name.startswith(".new-") for path in tmp_path.iterdir())

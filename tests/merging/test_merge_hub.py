@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ def hub():
 
 
 @pytest.mark.slow
-def test_a_record_names_the_commit_that_was_merged(hub, online, saved_folders, tmp_path):
+def test_a_record_names_the_commit_that_was_merged(hub, online, saved_folders, forked_python, tmp_path):
     """Merging again works when the branch has moved on and has no weights any more."""
     folder = Path(shutil.copytree(saved_folders("deepseek_v3"), tmp_path / "reranker"))
     api = HfApi(endpoint=hub.url, token="hf_good")
@@ -31,7 +30,7 @@ def test_a_record_names_the_commit_that_was_merged(hub, online, saved_folders, t
     api.delete_file("model.safetensors", repo_id="someone/parent")
 
     def merge(destination, *arguments):
-        command = [sys.executable, "-m", "modeling_querit", "merge", *arguments, "-o", str(destination)]
+        command = [forked_python, "-m", "modeling_querit", "merge", *arguments, "-o", str(destination)]
         environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
         process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert process.returncode == 0, process.stderr

@@ -1,6 +1,7 @@
 """A folder's scores in a fresh process that cannot import this package."""
 
 import shutil
+import sys
 
 import pytest
 import tiny
@@ -14,6 +15,11 @@ pytest.importorskip("sentence_transformers")
 @pytest.fixture(scope="module")
 def reference(saved_folders):
     return compute_reference(saved_folders("deepseek_v3"))
+
+
+@pytest.fixture(autouse=True)
+def python(forked_python, monkeypatch):
+    monkeypatch.setattr(sys, "executable", forked_python)
 
 
 @pytest.fixture

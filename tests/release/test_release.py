@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -60,22 +59,28 @@ def unpublished(querit):
     return run
 
 
-def release(hub, home, *arguments, cwd=None):
-    command = [sys.executable, "-m", "modeling_querit", "release", *map(str, arguments)]
-    environment = hub.environment(home, "hf_good") | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
+@pytest.fixture
+def release(hub, forked_python, tmp_path):
+    """Run `querit release` as a user who is logged in to the hub."""
+
+    def run(*arguments, cwd=None):
+        command = [forked_python, "-m", "modeling_querit", "release", *map(str, arguments)]
+        environment = hub.environment(tmp_path / "home", "hf_good") | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
+
+    return run
 
 
 @pytest.mark.slow
-def test_a_released_model_loads_by_its_name(hub, complete_folder, tmp_path):
+def test_a_released_model_loads_by_its_name(hub, release, complete_folder, forked_python, tmp_path):
     """Checks, plan, dry run, upload; then a fresh process with an empty cache loads it from the Hub."""
     arguments = [complete_folder, "--repo-id", REPO_ID, "--tag", "v1.0"]
-    dry_run = release(hub, tmp_path / "home", *arguments, "--dry-run")
+    dry_run = release(*arguments, "--dry-run")
     assert dry_run.returncode == 0, dry_run.stderr
     assert "model.safetensors" in dry_run.stdout
     assert REPO_ID not in hub.repos
 
-    process = release(hub, tmp_path / "home", *arguments)
+    process = release(*arguments)
     assert process.returncode == 0, process.stderr
     assert "files arrived unchanged" in process.stdout.splitlines()[-2]
     repo = hub.repos[REPO_ID]
@@ -93,7 +98,7 @@ encoder = CrossEncoder({REPO_ID!r}, trust_remote_code=True, revision="v1.0", dev
 print(json.dumps([model.predict(pairs).tolist(), encoder.predict(pairs).tolist()]))
 """
     reference = json.loads((complete_folder / REFERENCE_FILE).read_text())
-    command = [sys.executable, "-I", "-c", program, json.dumps(reference["pairs"])]
+    command = [forked_python, "-I", "-c", program, json.dumps(reference["pairs"])]
     environment = hub.environment(tmp_path / "empty")
     fresh = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert fresh.returncode == 0, fresh.stderr
@@ -102,7 +107,7 @@ print(json.dumps([model.predict(pairs).tolist(), encoder.predict(pairs).tolist()
 
 
 @pytest.mark.slow
-def test_push_to_hub_publishes_the_same_folder(hub, saved_folders, tmp_path):
+def test_push_to_hub_publishes_the_same_folder(hub, saved_folders, forked_python, tmp_path):
     program = """
 import sys
 from modeling_querit import QueritForSequenceRanking
@@ -110,7 +115,7 @@ model = QueritForSequenceRanking.from_pretrained(sys.argv[1])
 model.save_pretrained(sys.argv[2])
 model.push_to_hub("someone/pushed")
 """
-    command = [sys.executable, "-c", program, str(saved_folders("qwen3")), str(tmp_path / "saved")]
+    command = [forked_python, "-c", program, str(saved_folders("qwen3")), str(tmp_path / "saved")]
     environment = hub.environment(tmp_path / "home", "hf_good") | {"PYTHONPATH": str(ROOT)}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
@@ -122,14 +127,14 @@ model.push_to_hub("someone/pushed")
 
 
 @pytest.mark.slow
-def test_a_folder_of_the_working_directory_with_another_card(hub, folder, tmp_path):
+def test_a_folder_of_the_working_directory_with_another_card(hub, release, folder, tmp_path):
     """Nothing is written to the folder; the reference scores that it lacks are published all the same."""
     reference = (folder / REFERENCE_FILE).read_bytes()
     (folder / REFERENCE_FILE).unlink()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (tmp_path / "card.md").write_text(CARD.replace("A reranker", "{name}"))
     arguments = [folder.name, "--repo-id", "someone/relative", "--card", "card.md"]
-    process = release(hub, tmp_path / "home", *arguments, cwd=tmp_path)
+    process = release(*arguments, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     published_files = hub.repos["someone/relative"].files()
@@ -138,9 +143,9 @@ def test_a_folder_of_the_working_directory_with_another_card(hub, folder, tmp_pa
 
 
 @pytest.mark.slow
-def test_upload_py_is_the_same_command(folder):
+def test_upload_py_is_the_same_command(folder, forked_python):
     (folder / "optimizer.pt").write_bytes(b"\x80\x04")
-    command = [sys.executable, str(ROOT / "upload.py"), str(folder), "--repo-id", REPO_ID]
+    command = [forked_python, str(ROOT / "upload.py"), str(folder), "--repo-id", REPO_ID]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 1
     assert "querit: optimizer.pt may run code when it is loaded" in process.stderr
