@@ -1,6 +1,5 @@
 """Adaptations that are killed and resumed: the same data, byte for byte, and no pair is scored twice."""
 
-import multiprocessing
 import os
 import random
 import resource
@@ -9,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from forked_calls import CONTEXT, exit_code_of
 from small_adaptations import data_of, make_settings, write_collection
 
 from modeling_querit import files
@@ -92,23 +92,13 @@ def adapt_on_a_full_disk(settings, log, room, messages):
         messages.put(str(error))
 
 
-def run_process(*arguments, target=adapt):
-    # Forked from a process that has only imported modules, which saves the imports.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["modeling_querit.adaptation.pipeline"])
-    process = context.Process(target=target, args=arguments)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, saved_folders):
     """Settings, data and scored pairs of a run that was not killed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     write_collection(folder / "collection")
     settings = make_settings(folder, saved_folders("qwen3"))
-    assert run_process(settings, folder / "log", None, 0) == 0
+    assert exit_code_of(adapt, settings, folder / "log", None, 0) == 0
     return settings, data_of(settings.output_dir), (folder / "log").read_text().splitlines()
 
 
@@ -131,9 +121,9 @@ def test_a_killed_run_is_resumed(uninterrupted, tmp_path, event, counts):
     settings = settings.model_copy(update={"output_dir": tmp_path / "run"})
     # Killed again after it was resumed.
     chosen = random.Random(event).sample(counts, min(2, len(counts)))
-    exit_codes = [run_process(settings, tmp_path / "log", event, count) for count in chosen]
+    exit_codes = [exit_code_of(adapt, settings, tmp_path / "log", event, count) for count in chosen]
     assert exit_codes[0] == -signal.SIGKILL
-    assert run_process(settings, tmp_path / "log", None, 0) == 0
+    assert exit_code_of(adapt, settings, tmp_path / "log", None, 0) == 0
     assert data_of(settings.output_dir) == data
     assert sorted((tmp_path / "log").read_text().splitlines()) == sorted(scored)
 
@@ -141,8 +131,8 @@ def test_a_killed_run_is_resumed(uninterrupted, tmp_path, event, counts):
 def test_only_a_batch_that_was_not_written_is_scored_again(uninterrupted, tmp_path):
     settings, data, scored = uninterrupted
     settings = settings.model_copy(update={"output_dir": tmp_path / "run"})
-    assert run_process(settings, tmp_path / "log", "before a batch is written", 3) == -signal.SIGKILL
-    assert run_process(settings, tmp_path / "log", None, 0) == 0
+    assert exit_code_of(adapt, settings, tmp_path / "log", "before a batch is written", 3) == -signal.SIGKILL
+    assert exit_code_of(adapt, settings, tmp_path / "log", None, 0) == 0
     assert data_of(settings.output_dir) == data
     scored_again = Counter((tmp_path / "log").read_text().splitlines()) - Counter(scored)
     assert 0 < len(scored_again) <= 16
@@ -153,9 +143,9 @@ def test_only_a_batch_that_was_not_written_is_scored_again(uninterrupted, tmp_pa
 def test_a_full_disk_loses_nothing(uninterrupted, tmp_path, room):
     settings, data, _ = uninterrupted
     settings = settings.model_copy(update={"output_dir": tmp_path / "run"})
-    messages = multiprocessing.get_context("forkserver").Queue()
-    run_process(settings, tmp_path / "log", room, messages, target=adapt_on_a_full_disk)
-    assert "could not be written. Files written before are complete" in messages.get(timeout=10)
+    messages = CONTEXT.Queue()
+    exit_code_of(adapt_on_a_full_disk, settings, tmp_path / "log", room, messages)
+    assert "could not be written. Files written before are complete" in messages.get(timeout=60)
     assert not list(tmp_path.rglob("*.part"))
-    assert run_process(settings, tmp_path / "log", None, 0) == 0
+    assert exit_code_of(adapt, settings, tmp_path / "log", None, 0) == 0
     assert data_of(settings.output_dir) == data

@@ -76,8 +76,8 @@ def settings(batch_size, saved_folder, rows, output_dir, *more):
     return [str(part) for part in [*flags, "--save_strategy", "no", *more]]
 
 
-def run_as_two(*command, **environment):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+def run_as_two(python, *command, **environment):
+    launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | environment
     command = [str(part) for part in (*launcher, *command)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -91,18 +91,18 @@ def run_as_two(*command, **environment):
     assert process.returncode == 0, errors[-9000:]
 
 
-def compare_runs(runs, rows, folder, **environment):
+def compare_runs(python, runs, rows, folder, **environment):
     """Compare runs in one process and in two; `runs`: name -> folder of the model, flags of both, flags of the two."""
     (folder / "driver.py").write_text(DRIVER)
     together = [settings(2, model, rows, folder / name / "2", *both, *two) for name, (model, both, two) in runs.items()]
-    run_as_two(sys.executable, folder / "driver.py", json.dumps(together), **environment)
+    run_as_two(python, python, folder / "driver.py", json.dumps(together), **environment)
     for name, (model, both, _) in runs.items():
         train(settings(4, model, rows, folder / name / "1", *both))
         compare(folder / name / "1", folder / name / "2")
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(saved_folders, rows, tmp_path):
+def test_two_processes_train_as_one(saved_folders, rows, forked_python, tmp_path):
     runs = {
         f"{architecture}, {accumulation}": (
             saved_folders(architecture),
@@ -112,11 +112,13 @@ def test_two_processes_train_as_one(saved_folders, rows, tmp_path):
         for architecture in LAYERS
         for accumulation in (1, 2)
     }
-    compare_runs(runs, rows, tmp_path)
+    compare_runs(forked_python, runs, rows, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_with_half_of_the_weights_each_train_as_one(saved_folders, rows, tmp_path, sharding_site):
+def test_two_processes_with_half_of_the_weights_each_train_as_one(
+    saved_folders, rows, forked_python, tmp_path, sharding_site
+):
     """FSDP2 with gradient checkpointing and packs, as in examples/train_*_fsdp.yaml."""
 
     def fsdp(architecture):
@@ -127,7 +129,7 @@ def test_two_processes_with_half_of_the_weights_each_train_as_one(saved_folders,
     runs = {architecture: (saved_folders(architecture), [], fsdp(architecture)) for architecture in LAYERS}
     runs["adapter"] = (saved_folders("qwen3"), ["--lora_rank", 2], fsdp("qwen3"))
     site = os.pathsep.join([str(sharding_site), os.environ.get("PYTHONPATH", "")])
-    compare_runs(runs, rows, tmp_path, PYTHONPATH=site)
+    compare_runs(forked_python, runs, rows, tmp_path, PYTHONPATH=site)
     for name in runs:
         one, two = (tmp_path / name / count for count in "12")
         assert {path.name for path in (one / "model").iterdir()} == {path.name for path in (two / "model").iterdir()}
@@ -135,9 +137,10 @@ def test_two_processes_with_half_of_the_weights_each_train_as_one(saved_folders,
 
 
 @pytest.mark.slow
-def test_the_command_in_two_processes(saved_folders, rows, tmp_path):
+def test_the_command_in_two_processes(saved_folders, rows, forked_python, tmp_path):
+    # The command as it is installed: two interpreters, which also differ in the seeds of their hashes.
     querit = Path(sys.executable).with_name("querit")
-    run_as_two(querit, "train", *settings(2, saved_folders("qwen3"), rows, tmp_path / "2"))
+    run_as_two(forked_python, querit, "train", *settings(2, saved_folders("qwen3"), rows, tmp_path / "2"))
     train(settings(4, saved_folders("qwen3"), rows, tmp_path / "1"))
     compare(tmp_path / "1", tmp_path / "2")
 

@@ -4,7 +4,6 @@ On the architecture that also has experts: what is saved and restored of a run i
 """
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -12,6 +11,7 @@ import signal
 
 import pytest
 import torch
+from forked_calls import exit_code_of
 from safetensors.torch import load_file
 from small_runs import as_flags, make_settings
 from transformers import TrainerCallback
@@ -63,13 +63,8 @@ def run(flags, step, event):
 
 
 def launch(flags, step=None, event=None):
-    """The exit code of a run in a process of its own, forked from one that has imported everything and done nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["modeling_querit.training.train"])
-    process = context.Process(target=run, args=(flags, step, event))
-    process.start()
-    process.join(120)
-    return process.exitcode
+    """The exit code of a run in a process of its own."""
+    return exit_code_of(run, flags, step, event)
 
 
 @pytest.fixture
