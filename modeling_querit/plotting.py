@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .files import atomic_write
 
@@ -11,12 +11,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def new_plot(width: float, height: float) -> Figure:
-    """Make an empty figure of a width and height in inches; no backend with a window is loaded."""
+def new_plot(width: float, height: float, layout: Literal["constrained", "none"] = "constrained") -> Figure:
+    """Make an empty figure of a width and height in inches; no backend with a window is loaded.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+        layout: Whether matplotlib finds margins that fit the texts, which takes as long as drawing.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 

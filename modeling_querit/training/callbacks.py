@@ -33,6 +33,8 @@ _PANELS = {
 }
 
 LogEntry = Mapping[str, float]
+# Title of a panel -> metric -> its (step, value) points.
+Panels = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
 
 
 @dataclass
@@ -169,10 +171,15 @@ class LogMetricsCallback(TrainerCallback, ABC):
 class PlotCallback(TrainerCallback):
     """Draws the run so far into `output_dir/training.png` at each checkpoint and at the end."""
 
+    def __init__(self) -> None:
+        self._drawn: Panels = {}
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Draw the run, in the main process."""
-        if state.is_world_process_zero:
+        """Draw the run, in the main process, unless nothing is new since it was drawn last."""
+        panels = _panels(state.log_history)
+        if state.is_world_process_zero and panels != self._drawn:
             draw_run(state.log_history, Path(args.output_dir or ".") / PLOT_FILE)
+            self._drawn = panels
 
     on_train_end = on_save
 
@@ -187,11 +194,16 @@ def draw_run(history: Sequence[LogEntry], path: str | Path) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-    panels = {title: lines for title, patterns in _PANELS.items() if (lines := _lines(history, patterns))}
+    panels = _panels(history)
     if not panels:
         return False
-    plot = new_plot(7, 2.6 * len(panels))
-    for axes, (title, lines) in zip(plot.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+    height = 2.6 * len(panels)
+    # Margins in inches: finding them by drawing would take longer than the drawing.
+    plot = new_plot(7, height, layout="none")
+    plot.subplots_adjust(left=0.7 / 7, right=6.8 / 7, bottom=0.5 / height, top=1 - 0.3 / height, hspace=0.15)
+    for axes, (title, lines) in zip(
+        plot.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels.items(), strict=True
+    ):
         for name, points in lines.items():
             steps, values = zip(*points, strict=True)
             marker = "o" if len(points) < _MAX_MARKED_POINTS else None
@@ -202,6 +214,10 @@ def draw_run(history: Sequence[LogEntry], path: str | Path) -> bool:
     axes.set_xlabel("step")
     save_plot(plot, path)
     return True
+
+
+def _panels(history: Sequence[LogEntry]) -> Panels:
+    return {title: lines for title, patterns in _PANELS.items() if (lines := _lines(history, patterns))}
 
 
 def _lines(history: Sequence[LogEntry], patterns: Sequence[str]) -> dict[str, list[tuple[float, float]]]:

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from small_runs import ROWS, make_trainer
+from small_runs import ROWS, make_args, make_trainer
 from transformers import TrainerControl, TrainerState
 
-from modeling_querit.training.callbacks import HealthCallback, HealthThresholds, draw_run
+from modeling_querit.training.callbacks import HealthCallback, HealthThresholds, PlotCallback, draw_run
 
 HEALTHY = {"loss": 0.5, "grad_norm": 1.0, "score_spread": 0.3, "score_saturated": 0.0}
 
@@ -135,6 +135,20 @@ def test_the_plot_has_a_panel_for_each_quantity(tmp_path):
     assert png_size(plots[0]) == [840, 4 * 312]
     assert png_size(plots[1]) == [840, 312]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.png", "loss.png"]
+
+
+@pytest.mark.slow
+def test_a_run_is_drawn_again_when_something_is_new(tmp_path):
+    args, path = make_args(tmp_path), tmp_path / "training.png"
+    callback, state = PlotCallback(), TrainerState(log_history=HISTORY[:1], is_world_process_zero=True)
+    callback.on_save(args, state, None)
+    first = path.stat()
+    state.log_history.append({"step": 1, "train_runtime": 1.0})
+    callback.on_train_end(args, state, None)
+    assert path.stat() == first
+    state.log_history.append(HISTORY[1])
+    callback.on_train_end(args, state, None)
+    assert path.stat().st_ino != first.st_ino
 
 
 def test_a_run_without_metrics_draws_nothing(tmp_path):
