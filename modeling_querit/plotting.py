@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def new_plot(width: float, height: float, layout: Literal["constrained", "none"] = "constrained") -> Figure:
+def new_plot(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """Make an empty figure of a width and height in inches; no backend with a window is loaded.
 
     Args:
         width: Width in inches.
         height: Height in inches.
-        layout: Whether matplotlib finds margins that fit the texts, which takes as long as drawing.
+        layout: "constrained" for margins that matplotlib finds, which takes as long as drawing; None for those that the
+            caller sets.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -199,7 +199,7 @@ def draw_run(history: Sequence[LogEntry], path: str | Path) -> bool:
         return False
     height = 2.6 * len(panels)
     # Margins in inches: finding them by drawing would take longer than the drawing.
-    plot = new_plot(7, height, layout="none")
+    plot = new_plot(7, height, layout=None)
     plot.subplots_adjust(left=0.7 / 7, right=6.8 / 7, bottom=0.5 / height, top=1 - 0.3 / height, hspace=0.15)
     for axes, (title, lines) in zip(
         plot.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels.items(), strict=True
