@@ -79,9 +79,10 @@ def bidirectional_mask(pack, window):
     """(positions, keys): the keys of its pair, those fewer than `window` tokens away."""
     mask = torch.zeros(len(pack), len(pack), dtype=torch.bool)
     for segment in pack.segments:
-        for position in range(segment.positions.start, segment.positions.stop):
-            for key in range(segment.positions.start, segment.positions.stop):
-                mask[position, key] = window is None or abs(position - key) < window
+        span = slice(segment.positions.start, segment.positions.stop)
+        positions = torch.arange(span.start, span.stop)
+        distances = (positions.unsqueeze(1) - positions).abs()
+        mask[span, span] = distances < (window or len(pack))
     return mask
 
 
