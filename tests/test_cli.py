@@ -256,11 +256,11 @@ def test_shell_completion_can_be_installed(querit):
     assert "--install-completion" in out
 
 
-def run_process(*arguments, stdout=subprocess.PIPE, program=""):
+def run_process(*arguments, stdout=subprocess.PIPE, program="", python=sys.executable):
     """A fresh process of the command line, after some Python."""
     program = f"{program}; from modeling_querit.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
+        [python, "-c", program, *map(str, arguments)],
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
@@ -284,21 +284,21 @@ def test_help_imports_neither_torch_nor_transformers():
 
 
 @pytest.mark.slow
-def test_rerank_prints_nothing_but_its_result(saved_folders, documents):
+def test_rerank_prints_nothing_but_its_result(saved_folders, documents, forked_python):
     pytest.importorskip("torchao")
     program = AT_EXIT.format({"torch", "torchao.utils"})
-    done = run_process(
-        "rerank", "--query", tiny.QUERY, "--model", saved_folders("qwen3"), "--json", documents, program=program
-    )
+    options = ["--model", saved_folders("qwen3"), "--json", documents]
+    done = run_process("rerank", "--query", tiny.QUERY, *options, program=program, python=forked_python)
     assert (done.returncode, done.stderr) == (0, "['torch']\n")
     assert len(json.loads(done.stdout)["results"]) == len(LINES)
 
 
 @pytest.mark.slow
-def test_torchao_is_imported_for_int8(saved_folders, documents):
+def test_torchao_is_imported_for_int8(saved_folders, documents, forked_python):
     pytest.importorskip("torchao")
     options = ["--model", saved_folders("qwen3"), "--json", "--int8", documents]
-    done = run_process("rerank", "--query", tiny.QUERY, *options, program=AT_EXIT.format({"torchao.utils"}))
+    program = AT_EXIT.format({"torchao.utils"})
+    done = run_process("rerank", "--query", tiny.QUERY, *options, program=program, python=forked_python)
     assert (done.returncode, done.stderr) == (0, "['torchao.utils']\n")
 
 
@@ -387,17 +387,17 @@ def test_output_that_nobody_reads_ends_a_command_quietly(arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_a_ranking_that_nobody_reads_ends_quietly(saved_folders, documents, options):
+def test_a_ranking_that_nobody_reads_ends_quietly(saved_folders, documents, forked_python, options):
     arguments = ["rerank", "--query", tiny.QUERY, "--model", saved_folders("qwen3"), documents, *options]
-    assert run_into_closed_pipe(*arguments) == (141, "")
+    assert run_into_closed_pipe(*arguments, python=forked_python) == (141, "")
 
 
-def run_into_closed_pipe(*arguments):
+def run_into_closed_pipe(*arguments, **options):
     """Exit code and standard error of a process whose standard output is closed at the other end."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as closed:
-        done = run_process(*arguments, stdout=closed, program="pass")
+        done = run_process(*arguments, stdout=closed, program="pass", **options)
     return done.returncode, done.stderr
 
 
