@@ -9,6 +9,7 @@ CONTEXT.set_forkserver_preload(
         "matplotlib.backends.backend_agg",
         "matplotlib.figure",
         "peft",
+        "sentence_transformers",
         "torch.utils.tensorboard",
         "transformers.models.deepseek_v3.modeling_deepseek_v3",
         "transformers.models.qwen3.modeling_qwen3",

@@ -90,9 +90,12 @@ def test_nothing_changes_off_the_main_thread():
 
 
 def run_interrupted(seconds, *arguments):
-    """Exit code and standard error of the command line, interrupted after some seconds."""
-    command = [sys.executable, "-m", "modeling_querit", *map(str, arguments)]
+    """Exit code and standard error of the command line, interrupted some seconds after it has started."""
+    program = "from modeling_querit.cli import main; print('started', flush=True); main()"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        # However long a busy machine takes until then: no program can catch an interrupt before.
+        assert process.stdout.readline() == "started\n"
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
@@ -100,7 +103,7 @@ def run_interrupted(seconds, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.4, 0.7, 1, 1.5, 2, 2.5, 3, 4])
+@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5, 2.5, 4])
 def test_a_command_is_interrupted_at_any_time(saved_folders, tmp_path, seconds):
     (tmp_path / "documents.txt").write_text("a fox\n" * 2000)
     arguments = ("rerank", "-q", "fox", "--model", saved_folders("qwen3"), tmp_path / "documents.txt")
