@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: no network, one thread, tiny models of both architectures, real tokenizers."""
 
 import copy
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -47,6 +48,16 @@ def pytest_configure(config):
     # Under pytest-xdist only the process that collects the reports may judge them.
     if config.getoption("--fail-on-skip") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(UnexpectedSkips(), "unexpected-skips")
+
+
+def pytest_collection_finish():
+    # Each training run collects garbage several times: modules and tests are none.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

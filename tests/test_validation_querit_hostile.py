@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from modeling_querit.checkpoints.convert import convert_to_published
 from modeling_querit.cli import main
 
-MUTATIONS = int(os.environ.get("QUERIT_MUTATIONS", "30"))
+MUTATIONS = int(os.environ.get("QUERIT_MUTATIONS", "20"))
 MAX_SECONDS = 20
 MAX_BYTES = 2 * 1024**3
 
