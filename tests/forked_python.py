@@ -164,6 +164,8 @@ def become(executable, arguments, environment, folder):
     if environment.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
     is_isolated = arguments[0] == "-I"
+    if environment.get("PYTHONUNBUFFERED") and not is_isolated:
+        sys.stdout.reconfigure(write_through=True)
     arguments = arguments[is_isolated:]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__builtins__ = __builtins__
@@ -174,7 +176,7 @@ def become(executable, arguments, environment, folder):
     else:
         option, program, first = None, arguments[0], str(Path(arguments[0]).resolve().parent)
         sys.argv = arguments
-        main.__file__ = program
+        main.__file__ = os.path.abspath(program)
     if not is_isolated:
         paths = environment.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[:0] = [first, *(os.path.abspath(path) for path in paths if path)]
