@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import faulthandler
 import importlib
+import io
 import json
 import os
 import runpy
@@ -151,11 +152,10 @@ def receive_and_fork(connection):
 
 def become(executable, arguments, environment, folder):
     """Run a program as the interpreter would with these arguments, and exit."""
+    is_isolated = arguments[0] == "-I"
+    arguments = arguments[is_isolated:]
+    open_streams(is_unbuffered=not is_isolated and bool(environment.get("PYTHONUNBUFFERED")))
     os.chdir(folder)
-    # Those of the server may believe that they are files, or a terminal.
-    sys.stdin = os.fdopen(0, closefd=False)
-    sys.stdout = os.fdopen(1, "w", closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(environment)
     sys.executable = executable
@@ -163,10 +163,6 @@ def become(executable, arguments, environment, folder):
     sys.modules["numpy"].random.seed()
     if environment.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
-    is_isolated = arguments[0] == "-I"
-    if environment.get("PYTHONUNBUFFERED") and not is_isolated:
-        sys.stdout.reconfigure(write_through=True)
-    arguments = arguments[is_isolated:]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__builtins__ = __builtins__
     if arguments[0] in ("-c", "-m"):
@@ -186,6 +182,14 @@ def become(executable, arguments, environment, folder):
         code = program if option == "-c" else Path(program).read_bytes()
         name = "<string>" if option == "-c" else program
         end_with(lambda: exec(compile(code, name, "exec"), main.__dict__))
+
+
+def open_streams(is_unbuffered):
+    """Open the standard streams anew: those of the server may believe that they are files, or a terminal."""
+    sys.stdin = os.fdopen(0, closefd=False)
+    binary = os.fdopen(1, "wb", buffering=0 if is_unbuffered else -1, closefd=False)
+    sys.stdout = io.TextIOWrapper(binary, write_through=is_unbuffered)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
 
 
 def end_with(run):
