@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ RUNTIMES = [
 
 
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
-def scores(request, saved_folders, models, tmp_path_factory):
+def scores(request, saved_folders, models, forked_python, tmp_path_factory):
     """Scores of all runtimes, in one process, and those of `predict`."""
     for package in ("rerankers", "txtai", "llama_index", "haystack_integrations"):
         pytest.importorskip(package)
@@ -31,7 +30,7 @@ def scores(request, saved_folders, models, tmp_path_factory):
     }
     (work / "inputs.json").write_text(json.dumps(inputs))
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("fresh_runtimes.py")), str(work / "inputs.json")],
+        [forked_python, str(Path(__file__).with_name("fresh_runtimes.py")), str(work / "inputs.json")],
         cwd=work,
         env=os.environ | {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modeling_querit"
 TESTS = ROOT / "tests"
 # Tests of what is not a module of the package.
-BESIDE_THE_PACKAGE = {"docs", "hub_server", "metric_module", "private_names", "recipes", "runtimes", "skips", "tree"}
+BESIDE_THE_PACKAGE = {
+    *("docs", "forked_python", "hub_server", "metric_module", "private_names", "recipes", "runtimes", "skips", "tree"),
+}
 # Modules without behaviour of their own, or whose behaviour is that of those that use them.
 WITHOUT_TESTS = {"release/fresh_process"}
 
