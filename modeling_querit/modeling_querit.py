@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,15 @@ from .earlier_copies_querit import make_room_for_earlier_copies
 from .loss_querit import pairwise_hinge_loss
 from .mixed_precision_querit import fastest_dtypes, mixed_precision_modes
 from .moe_querit import EXPERTS_IMPLEMENTATION
+from .multi_process_querit import ProcessPool
 from .offloading_querit import execution_device
 from .packed_attention_querit import KeyValueStates
 from .packed_forward_querit import is_causal, run_packed
 from .packing_querit import Pack
-from .pair_encoding_querit import CLS_TOKEN, Document, Pair
+from .pair_encoding_querit import CLS_TOKEN, Pair
 from .processing_querit import TOKENIZER_FILES, QueritProcessor
 from .prompt_learning_querit import without_prompts
-from .ranking_querit import RankedDocument, rank_documents, score_stream
+from .ranking_querit import RankedDocument, rank_documents, rank_documents_in_thread, score_stream, start_pool
 from .saving_querit import (
     check_loaded,
     finish_weights,
@@ -396,7 +397,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
     def rank(
         self,
         query: str,
-        documents: Iterable[Document],
+        documents: Iterable[Any],
         instruction: str | None = None,
         top_k: int | None = None,
         *,
@@ -404,6 +405,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
         max_length: int | None = None,
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
+        device: Sequence[str | torch.device] | None = None,
+        pool: ProcessPool | None = None,
     ) -> list[RankedDocument]:
         """Rank documents by relevance, best first; equal scores keep the given order.
 
@@ -413,7 +416,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
 
         Args:
             query: The search query.
-            documents: Strings or `{"title": ..., "text": ...}`; any iterable.
+            documents: Any iterable of strings, of mappings with a "text" and perhaps a "title" and an "id" or "_id", of
+                (id, text) tuples, or of documents of LangChain, LlamaIndex, Haystack or rerankers.
             instruction: The task in one sentence; by default the one that the model was trained with.
             top_k: Number of documents to return, at least 1; all by default.
             as_probability: Whether scores are given as probabilities of relevance, in [0, 1]; needs a model that
@@ -422,13 +426,19 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             batch_tokens: Maximum number of tokens in a forward pass, which bounds the memory. By default 2,048 for a
                 dense model on a CPU and 8,192 otherwise. If memory runs out, it is halved.
             show_progress_bar: Whether to show a progress bar; by default only on a terminal and after two seconds.
+            device: Devices of processes that share the work, `["cuda:0", "cuda:1"]` or `["cpu"] * 4`; they are started
+                for this call, which takes seconds. By default this process computes, where the model is.
+            pool: Processes that are running already, from `start_multi_process_pool`.
 
         Returns:
-            `RankedDocument(index, score, document)` tuples; `index` counts the given documents from 0.
+            `RankedDocument(index, score, document)` tuples; `index` counts the given documents from 0, `document` is
+            the given object, and the attribute `id` is its id, None if it has none.
 
         Raises:
-            TypeError: if the query or a document is not text.
-            ValueError: if `top_k` is below 1, a score is NaN or infinite, or the model is not calibrated.
+            TypeError: if the query is not a string, or a document has no text.
+            ValueError: if `top_k` is below 1, a score is NaN or infinite, the model is not calibrated, or the pool is
+                not that of this model as it is now.
+            RuntimeError: if a process was killed.
         """
         return rank_documents(
             self,
@@ -440,7 +450,62 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             max_length=max_length,
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
+            device=device,
+            pool=pool,
         )
+
+    @without_prompts
+    async def arank(
+        self,
+        query: str,
+        documents: Iterable[Any],
+        instruction: str | None = None,
+        top_k: int | None = None,
+        **kwargs: Any,
+    ) -> list[RankedDocument]:
+        """Rank as `rank` does, with its arguments, in a thread: the event loop goes on meanwhile.
+
+        If the task is cancelled, the thread ends after the forward pass that it is at.
+
+        Example:
+            ```python
+            >>> rankings = await asyncio.gather(*(model.arank(query, documents) for query in queries))
+            ```
+        """
+        return await rank_documents_in_thread(self, query, documents, instruction=instruction, top_k=top_k, **kwargs)
+
+    @without_prompts
+    def start_multi_process_pool(self, devices: Sequence[str | torch.device]) -> ProcessPool:
+        """Start processes that `rank`, `predict` and `predict_stream` share their work out to, by `pool=`.
+
+        They hold the model as it is now: with another tokenizer or other weights, start a new pool. On CPUs they share
+        one copy of the weights, and this process's threads. A script needs `if __name__ == "__main__":`, since they are
+        started by spawn.
+
+        Args:
+            devices: Device of each process: `["cuda:0", "cuda:1"]`, or `["cpu"] * 4`.
+
+        Returns:
+            The pool; it is a context manager, or ends with `stop_multi_process_pool`.
+
+        Raises:
+            TypeError: if `devices` is not a list of devices.
+            ValueError: if a device is none, or the model cannot be sent to other processes.
+            RuntimeError: if a process does not start, or cannot use its device.
+
+        Example:
+            ```python
+            >>> with model.start_multi_process_pool(["cuda:0", "cuda:1"]) as pool:
+            ...     for batch in batches:
+            ...         scores = model.predict(batch, pool=pool)
+            ```
+        """
+        return start_pool(self, devices)
+
+    @staticmethod
+    def stop_multi_process_pool(pool: ProcessPool) -> None:
+        """End the processes of a pool."""
+        pool.close()
 
     @without_prompts
     def predict(
@@ -451,6 +516,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
         max_length: int | None = None,
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
+        device: Sequence[str | torch.device] | None = None,
+        pool: ProcessPool | None = None,
     ) -> torch.Tensor:
         """Score (query, document) pairs: float32 on the CPU, (pairs,), in [-1, 1]; arguments as in `rank`."""
         scored = score_stream(
@@ -460,6 +527,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             max_length=max_length,
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
+            device=device,
+            pool=pool,
         )
         return torch.tensor([score for _, score in scored], dtype=torch.float32)
 
@@ -472,6 +541,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
         max_length: int | None = None,
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
+        device: Sequence[str | torch.device] | None = None,
+        pool: ProcessPool | None = None,
     ) -> Iterator[float]:
         """Score any number of pairs; scores are yielded in order while pairs are read, arguments as in `rank`.
 
@@ -489,6 +560,8 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             max_length=max_length,
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
+            device=device,
+            pool=pool,
         )
         return (score for _, score in scored)
 
