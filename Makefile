@@ -1,4 +1,4 @@
-# Each target sets up all it needs in .venv, once. `make rerank` and `make test` are the ones to start with.
+# Each target sets up what it needs in .venv, once. `make rerank` and `make test` are the ones to start with.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ rerank: $(VENV)/.installed
 	@$(BIN)/querit rerank --query "$$QUERY" "$$DOCS"
 
 # Then open http://127.0.0.1:8000.
-serve: $(VENV)/.installed
+serve: $(VENV)/.installed-serve
 	@$(BIN)/querit serve "$$MODEL"
 
 # What to run before every commit, about a minute: everything but the slow tests.
@@ -29,26 +29,36 @@ test: lint types spelling
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python $(PYTEST)
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed-all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.installed
+types: $(VENV)/.installed-all
 	$(BIN)/mypy
 
-spelling: $(VENV)/.installed
+spelling: $(VENV)/.installed-all
 	$(BIN)/codespell
 
-format: $(VENV)/.installed
+format: $(VENV)/.installed-all
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch first and by version: a range would bring several gigabytes of CUDA packages to a machine without a GPU.
+# What ranking with the mini needs, and no more. torch first and by version: a range would bring several gigabytes of
+# CUDA packages to a machine without a GPU.
 $(VENV)/.installed: setup.py
-	@echo "Installing into $(VENV); this happens once and takes a few minutes."
+	@echo "Installing into $(VENV); this happens once and takes a minute or two."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq --upgrade pip
 	@$(BIN)/pip install -qq torch==2.13.0
+	@$(BIN)/pip install -qq --editable ".[mini]"
+	@touch $@
+
+$(VENV)/.installed-serve: $(VENV)/.installed
+	@$(BIN)/pip install -qq --editable ".[mini,serve]"
+	@touch $@
+
+$(VENV)/.installed-all: $(VENV)/.installed
+	@echo "Installing what the tests need into $(VENV); this happens once and takes a few minutes."
 	@$(BIN)/pip install -qq --editable ".[all]"
 	@touch $@
 
