@@ -308,7 +308,8 @@ def serve(
         drain_seconds=drain_seconds,
         access_log=access_log,
     )
-    run_server = _import_server()
+    from .serving.run import serve as run_server
+
     if settings.token is None and not settings.is_local:
         console.say("Warning: other machines may use this server without a token; see --api-key-file.", is_error=True)
     run_server(lambda: _load(model, device, int8), settings, console.say)
@@ -539,14 +540,6 @@ def _echo_progress(line: str) -> None:
     console.say(line, is_error=True)
 
 
-def _import_server() -> Callable[..., None]:
-    try:
-        from .serving.run import serve as run_server
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"serve needs {error.name}: pip install 'modeling-querit[serve]'.") from None
-    return run_server
-
-
 def _load(name: str, device: str | None, int8: bool) -> QueritForSequenceRanking:
     import torch
 
@@ -568,6 +561,15 @@ def _check_device(device: str) -> None:
         raise ValueError(f"--device {device} cannot be used, name cpu or cuda: {error}") from None
 
 
+# Extras of the commands that need more than the package itself.
+_EXTRAS = {
+    "adapt": "adapt",
+    "calibrate": "calibration",
+    "evaluate": "evaluation",
+    "rerank": "evaluation",
+    "serve": "serve",
+    "train": "train",
+}
 # Options whose value may be empty.
 _TEXTS = ("--instruction",)
 
@@ -602,6 +604,12 @@ def _run(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "querit"
         raise ValueError(f"{error.format_message().rstrip('.')}; see {path} --help.") from None
+    except ModuleNotFoundError as error:
+        # An error with a sentence of its own has no name.
+        if error.name is None or arguments[0] not in _EXTRAS:
+            raise
+        package, extra = error.name.partition(".")[0], _EXTRAS[arguments[0]]
+        raise ModuleNotFoundError(f"{arguments[0]} needs {package}: pip install 'modeling-querit[{extra}]'.") from None
     except typer.Abort as error:
         # What typer makes of a file that ends too early.
         raise error.__cause__ or error from None

@@ -109,13 +109,22 @@ class ProcessPool:
         try:
             self._workers.extend(_start_workers(self.devices, (sent, num_threads, task)))
             for worker in self._workers:
-                worker.receive("before it was ready; a script that starts processes needs `if __name__ == '__main__':`")
+                _, _, error = worker.receive(
+                    "before it was ready; a script that starts processes needs `if __name__ == '__main__':`"
+                )
+                if error is not None:
+                    raise error
         except BaseException:
             self.close()
             raise
 
     def __len__(self) -> int:
         return len(self.devices)
+
+    @property
+    def processes(self) -> list[Any]:
+        """The worker processes, in the order of their devices; none once the pool is closed."""
+        return [worker.process for worker in self._workers]
 
     def __enter__(self) -> ProcessPool:
         return self
@@ -161,12 +170,15 @@ class ProcessPool:
                     busy = [worker for worker in self._workers if worker.is_busy]
                     readable = connection.wait([worker.connection for worker in busy])
                     for worker in (worker for worker in busy if worker.connection in readable):
-                        (run_of_result, index), result = worker.receive("while it was scoring")
+                        (run_of_answer, index), result, error = worker.receive("while it was scoring")
                         # A worker may have been left at the call of a run that ended early.
-                        if run_of_result == run:
-                            results[index] = result
-                            pending -= 1
-                            on_done[index]()
+                        if run_of_answer != run:
+                            continue
+                        if error is not None:
+                            raise error
+                        results[index] = result
+                        pending -= 1
+                        on_done[index]()
             except _WorkerEnded as error:
                 self.close()
                 raise RuntimeError(str(error)) from None
@@ -229,16 +241,14 @@ class _Worker:
         except OSError:
             raise self._ended("while it was scoring") from None
 
-    def receive(self, when: str) -> tuple[tuple[int, int], Any]:
-        """Wait for the next answer, and raise it if it is an error."""
+    def receive(self, when: str) -> tuple[tuple[int, int], Any, BaseException | None]:
+        """Wait for the next answer: the call it is to, and the result or error."""
         try:
-            call_id, result, error = self.connection.recv()
+            answer = self.connection.recv()
         except (EOFError, OSError):
             raise self._ended(when) from None
         self.is_busy = False
-        if error is not None:
-            raise error
-        return call_id, result
+        return answer
 
     def _ended(self, when: str) -> _WorkerEnded:
         self.process.join(_PATIENCE)

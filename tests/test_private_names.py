@@ -55,6 +55,7 @@ PRIVATE_NAMES = {
     "torch._int_mm": "products of int8 matrices have no public function",
     "torch._C": "inference mode as a C++ object, which an interrupt cannot leave on",
     "torch._C._InferenceMode": "inference mode as a C++ object, which an interrupt cannot leave on",
+    "torch.Tensor._version": "whether weights have changed since processes were given them",
     "torch.nn.Module()._modules": "submodules by name, also those that have two names",
 }
 # Public in spite of their underscore.

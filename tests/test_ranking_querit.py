@@ -1,7 +1,9 @@
+import asyncio
 import copy
 import math
 import re
 import sys
+import threading
 import time
 from itertools import pairwise
 from types import SimpleNamespace
@@ -282,6 +284,59 @@ def test_no_gradients_are_kept(loaded):
     assert scores.grad_fn is None
     # An ordinary tensor, which may take part in training.
     (scores * torch.ones(len(scores), requires_grad=True)).sum().backward()
+
+
+# In an event loop
+
+
+def test_arank_is_rank_while_the_event_loop_goes_on(models):
+    model = models("deepseek_v3")
+    started, released = threading.Event(), threading.Event()
+
+    def documents():
+        yield from tiny.DOCUMENTS[:2]
+        started.set()
+        assert released.wait(10)
+        yield from tiny.DOCUMENTS[2:]
+
+    async def main():
+        task = asyncio.ensure_future(model.arank(tiny.QUERY, documents(), tiny.INSTRUCTION, 3, max_length=64))
+        while not started.is_set():
+            await asyncio.sleep(0.001)
+        assert not task.done()
+        released.set()
+        return await task
+
+    assert asyncio.run(main()) == model.rank(tiny.QUERY, tiny.DOCUMENTS, tiny.INSTRUCTION, 3, max_length=64)
+    with pytest.raises(TypeError, match="query is NoneType"):
+        asyncio.run(model.arank(None, tiny.DOCUMENTS))
+
+
+def test_a_cancelled_arank_stops_after_its_forward_pass(loaded):
+    expected, passes, started, released = loaded.predict(tiny.pairs()), [], threading.Event(), threading.Event()
+
+    def wait(*_):
+        passes.append(threading.current_thread())
+        started.set()
+        assert released.wait(10)
+
+    hook = loaded.register_forward_pre_hook(wait)
+
+    async def main():
+        task = asyncio.ensure_future(loaded.arank(tiny.QUERY, tiny.DOCUMENTS * 50, batch_tokens=64))
+        while not started.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        released.set()
+
+    # The end of the loop waits for its threads.
+    asyncio.run(main())
+    assert len(passes) == 1
+    assert passes[0] is not threading.main_thread()
+    hook.remove()
+    assert loaded.predict(tiny.pairs()).tolist() == expected.tolist()
 
 
 # Errors
