@@ -12,7 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any, NamedTuple
 
 import torch
@@ -285,6 +285,8 @@ def _interrupts_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    # What multiprocessing starts beside the first process; it would unblock the signal.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -305,6 +307,8 @@ def _work(pipe: Any, device: torch.device, sent: _Sent, num_threads: int, task: 
         pipe.send((call_id, None if call_id is None else result, error))
         return result
 
+    # Here too, for systems that cannot block it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         torch.set_num_threads(num_threads)
         model = answer(None, lambda: sent.build().to(device))

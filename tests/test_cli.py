@@ -224,21 +224,6 @@ def test_train_names_missing_data(querit, tmp_path):
     assert "nothing to train on" in err
 
 
-@pytest.mark.parametrize(
-    ("command", "package", "extra"),
-    [
-        (("evaluate", "mini", "--collection", "c"), "pyarrow", "evaluation"),
-        (("calibrate", "mini", "--rows", "r"), "pytrec_eval", "calibration"),
-    ],
-)
-def test_a_missing_package_is_named_with_its_extra(querit, monkeypatch, command, package, extra):
-    monkeypatch.setitem(sys.modules, package, None)
-    for name in [name for name in sys.modules if name.startswith("modeling_querit.") and name.count(".") > 1]:
-        monkeypatch.delitem(sys.modules, name)
-    code, _, err = querit(*command)
-    assert (code, err) == (2, f"querit: {command[0]} needs {package}: pip install 'modeling-querit[{extra}]'.\n")
-
-
 def test_convert_names_its_layouts(querit, saved_folder, tmp_path):
     code, _, err = querit("convert", saved_folder, tmp_path / "new", "--to", "gguf")
     assert code == 2
