@@ -370,7 +370,10 @@ def _pickled_skeleton(model: nn.Module, tensors: dict[str, Tensor]) -> bytes:
     try:
         return pickle.dumps(copy.deepcopy(model, memo))
     except (TypeError, AttributeError, pickle.PicklingError) as error:
-        raise ValueError(f"The model cannot be sent to other processes ({error}): remove its hooks first.") from error
+        raise ValueError(
+            f"The model cannot be sent to other processes ({error}): with int8 weights, and with hooks that are "
+            "local functions, rank in one process."
+        ) from error
 
 
 def _is_plain(tensor: Any) -> bool:
