@@ -100,7 +100,9 @@ class Command:
     def kill_after(self, blocks: int) -> list[int]:
         """Kill the process once so many blocks are scored; return the blocks."""
         while self.process.poll() is None and len(self.blocks()) < blocks:
-            time.sleep(INTERVAL)
+            time.sleep(INTERVAL / 10)
+        if self.process.returncode is not None:
+            raise RuntimeError("The work was done before it could be interrupted: give more pairs.")
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         return self.blocks()

@@ -49,7 +49,15 @@ def test_modules_and_files_run_alike(forked_python, tmp_path):
         assert outputs[0] == outputs[1] != ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+# A shell starts what runs in the background with SIGINT ignored, and so are the processes of such a run.
+SIGNALS = [
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    *([signal.SIGINT] if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else []),
+]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_signals_reach_the_program(forked_python, number):
     program = "import time; print('started', flush=True); time.sleep(600)"
     with subprocess.Popen([forked_python, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:

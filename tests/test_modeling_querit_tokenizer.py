@@ -95,6 +95,7 @@ def test_an_exported_model_takes_any_batch_and_length(model):
     exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
     for size in ((1, 7), (3, 20), (5, 33)):
         ids = torch.randint(3, 500, size)
+        ids[:, -1] = model.processor.cls_token_id
         mask = torch.ones_like(ids)
         mask[0, :2] = 0
         score = exported(input_ids=ids, attention_mask=mask, return_dict=False)[1]
