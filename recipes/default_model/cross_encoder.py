@@ -27,6 +27,8 @@ from transformers import PreTrainedModel
 from .fast_gemma import PARTS, FastGemma
 from .measure import draw_curve, measure, read_lists
 from .package import QueritForSequenceRanking, from_backbone, listwise_kl, pointwise_bce
+from .rows import SPAN
+from .soft_labels import SoftLabels
 from .stream import Stream
 
 # Scores p1 - p0 whose magnitude exceeds this count as saturated.
@@ -134,6 +136,12 @@ def main() -> None:
     parser.add_argument("--pointwise", type=float, default=0.2, help="weight of the pointwise loss")
     parser.add_argument("--temperature", type=float, default=0.1, help="temperature of soft labels, which span 10 nats")
     parser.add_argument("--hard-temperature", type=float, default=0.2, help="temperature of labels 0 and 1")
+    parser.add_argument(
+        "--soft-labels",
+        type=float,
+        metavar="NATS",
+        help="use EmbeddingGemma's soft labels, plus NATS for a human label",
+    )
     parser.add_argument("--clip", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=1_000_000, help="steps of the whole run")
     parser.add_argument(
@@ -158,6 +166,9 @@ def train(settings: argparse.Namespace) -> None:
     model = CrossEncoder(
         settings.weights, settings.rank, settings.alpha, teacher=settings.teacher, layers=settings.layers
     )
+    soft_labels = None
+    if settings.soft_labels is not None:
+        soft_labels = SoftLabels(settings.weights, untrained(settings.weights).model, settings.soft_labels)
     groups = [
         {"params": list(model.backbone.parameters()), "rate": settings.rate},
         {"params": list(model.head.parameters()), "rate": settings.head_rate},
@@ -183,7 +194,11 @@ def train(settings: argparse.Namespace) -> None:
             share *= max(0.0, (last - step) / settings.decay)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * share
-        metrics = train_step(model, optimizer, stream.step(step, settings.queries), settings, step)
+        rows = stream.step(step, settings.queries)
+        max_length = max_length_of(step, settings)
+        if soft_labels is not None:
+            rows = [with_soft_labels(row, soft_labels, max_length) for row in rows]
+        metrics = train_step(model, optimizer, rows, settings, max_length)
         seconds = time.monotonic() - began
         state["seconds"] += seconds
         state["tokens"] += metrics["tokens"]
@@ -214,15 +229,33 @@ def train(settings: argparse.Namespace) -> None:
     save(settings.out / "state.safetensors", model, optimizer, state)
 
 
+def max_length_of(step: int, settings: argparse.Namespace) -> int:
+    """Tokens that the pairs of a step are cut to."""
+    is_long = random.Random(f"long/{settings.seed}/{step}").random() < settings.long_share
+    return settings.long_length if is_long else settings.max_length
+
+
+def with_soft_labels(row: dict, soft_labels: SoftLabels, max_length: int) -> dict:
+    """A row of human labels with the encoder's soft labels beside them."""
+    if "teachers" in row:
+        return row
+    logits = soft_labels(row["query"], row["texts"], torch.tensor(row["labels"]), max_length)
+    labels = (1 + (logits - logits.max()) / SPAN).clamp(min=0).tolist()
+    return row | {"labels": labels, "relevance": row["labels"], "teachers": ["embeddinggemma"]}
+
+
 def train_step(
-    model: CrossEncoder, optimizer: torch.optim.Optimizer, rows: list[dict], settings: argparse.Namespace, step: int
+    model: CrossEncoder,
+    optimizer: torch.optim.Optimizer,
+    rows: list[dict],
+    settings: argparse.Namespace,
+    max_length: int,
 ) -> dict:
     """Take one optimizer step and return its metrics."""
     losses, chance_losses, top_hits, saturated, tokens = [], [], [], [], 0
-    is_long = random.Random(f"long/{settings.seed}/{step}").random() < settings.long_share
     for row in rows:
         # One query's graph at a time fits in memory without gradient checkpointing.
-        scores, count = model(row["query"], row["texts"], settings.long_length if is_long else settings.max_length)
+        scores, count = model(row["query"], row["texts"], max_length)
         labels = torch.tensor(row["labels"])
         ids = torch.zeros(len(labels), dtype=torch.long)
         temperature = settings.temperature if "teachers" in row else settings.hard_temperature

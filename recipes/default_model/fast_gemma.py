@@ -226,6 +226,16 @@ class FastGemma(nn.Module):
 
     def forward(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Token ids of texts -> final hidden states of their last tokens, (texts, hidden), float32."""
+        last = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
+        return self.normalize(self.states(texts)[last])
+
+    def normalize(self, states: Tensor) -> Tensor:
+        """The final RMSNorm, float32."""
+        y = states.float()
+        return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps) * (1.0 + self._last_norm)
+
+    def states(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids of texts -> states of all their tokens before the final norm, (tokens, hidden), `DTYPE`."""
         lengths = [len(text) for text in texts]
         ids = torch.tensor([token for text in texts for token in text])
         positions = torch.cat([torch.arange(length) for length in lengths])
@@ -245,9 +255,7 @@ class FastGemma(nn.Module):
             x = self._norm(h, norms[2], eps)
             x = self._gated(layer["gate_proj"](x), layer["up_proj"](x))
             h = self._add_norm(h, layer["down_proj"](x), norms[3], eps)
-        last = torch.tensor(lengths).cumsum(0) - 1
-        y = h[last].float()
-        return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * (1.0 + self._last_norm)
+        return h
 
     @torch.no_grad()
     def write_to(self, backbone: nn.Module) -> None:
