@@ -92,9 +92,60 @@ def haystack(folder, query, documents):
         yield f"Haystack, {scale_score}", (torch.logit(logits) if scale_score else logits).tanh().tolist()
 
 
+def langchain(folder, query, documents):
+    from langchain_community.cross_encoders import HuggingFaceCrossEncoder
+
+    encoder = HuggingFaceCrossEncoder(model_name=folder, model_kwargs={"trust_remote_code": True, "device": "cpu"})
+    yield "LangChain", encoder.score([(query, document) for document in documents]).tolist()
+
+
+def pyterrier(folder, query, documents):
+    import pandas
+    import pyterrier as pt
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(folder, trust_remote_code=True, device="cpu")
+    ranker = pt.apply.doc_score(
+        lambda rows: model.predict(list(zip(rows["query"], rows["text"], strict=True))), batch_size=4
+    )
+    rows = [{"qid": "q", "query": query, "docno": str(index), "text": text} for index, text in enumerate(documents)]
+    ranked = ranker(pandas.DataFrame(rows)).set_index("docno")["score"]
+    yield "PyTerrier", [float(ranked[str(index)]) for index in range(len(documents))]
+
+
+def onnx(folder, query, documents):
+    import numpy
+    import onnxruntime
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    # Of the implementations of experts, this is the one that ONNX has operators for.
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, trust_remote_code=True, experts_implementation="batched_mm"
+    )
+    batch = dict(tokenizer([query] * 2, documents[:2], padding=True, return_tensors="pt"))
+    path = str(Path(folder).with_suffix(".onnx"))
+    torch.onnx.export(
+        model.eval(),
+        kwargs=batch,
+        f=path,
+        dynamic_shapes={name: {0: "batch", 1: "sequence"} for name in batch},
+        output_names=["logits"],
+        dynamo=True,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(path)
+    batch = tokenizer([query] * len(documents), documents, padding=True, return_tensors="np")
+    yield "ONNX", numpy.tanh(session.run(["logits"], dict(batch))[0].squeeze(-1)).tolist()
+
+
+RUNTIMES = (tokenizers, pipeline, rerankers, txtai, langchain, llama_index, haystack, pyterrier, onnx)
+
+
 def main(inputs):
     scores = {}
-    for runtime in (tokenizers, pipeline, rerankers, txtai, llama_index, haystack):
+    for runtime in RUNTIMES:
         scores |= dict(runtime(inputs["folder"], inputs["query"], inputs["documents"]))
     return scores
 

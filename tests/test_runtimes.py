@@ -11,14 +11,14 @@ import tiny
 
 RUNTIMES = [
     *("AutoTokenizer, left", "AutoTokenizer, right", "AutoProcessor, left", "AutoProcessor, right", "pipeline"),
-    *("rerankers", "txtai", "LlamaIndex", "Haystack, False", "Haystack, True"),
+    *("rerankers", "txtai", "LangChain", "LlamaIndex", "Haystack, False", "Haystack, True", "PyTerrier", "ONNX"),
 ]
 
 
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
 def scores(request, saved_folders, models, forked_python, tmp_path_factory):
     """Scores of all runtimes, in one process, and those of `predict`."""
-    for package in ("rerankers", "txtai", "llama_index", "haystack_integrations"):
+    for package in ("rerankers", "txtai", "langchain_community", "haystack_integrations", "pyterrier", "onnxscript"):
         pytest.importorskip(package)
     work = tmp_path_factory.mktemp("runtimes")
     folder = shutil.copytree(saved_folders(request.param), work / "my-reranker-v1.0")

@@ -241,6 +241,8 @@ def _seq_cls_config(checkpoint: Checkpoint, architecture: str, dtype: torch.dtyp
         # transformers finds the last token of a text by it.
         "pad_token_id": pad_token_id,
         "sentence_transformers": {"activation_fn": ACTIVATION},
+        # A classifier reads every text once: keys and values need not be kept, and torch.export cannot return them.
+        "use_cache": False,
     }
 
 

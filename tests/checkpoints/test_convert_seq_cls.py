@@ -229,6 +229,8 @@ def test_the_config_is_that_of_the_classifier(exports, sources, name):
     assert (config["model_type"], config["dtype"]) == (name, "float32")
     assert config["id2label"] == {"0": "LABEL_0"}
     assert config["label2id"] == {"LABEL_0": 0}
+    # torch.export cannot return the cache.
+    assert config["use_cache"] is False
     assert "auto_map" not in config
     text_config = sources[name][0].config.text_config
     for key in ("hidden_size", "num_hidden_layers", "vocab_size", "rope_parameters", "max_position_embeddings"):
