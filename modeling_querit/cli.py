@@ -6,7 +6,7 @@ import itertools
 import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -591,12 +591,20 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(code)
 
 
+@cache
+def _command() -> typer.core.TyperGroup:
+    """The group of all commands; typer would build it anew for every call."""
+    command = typer.main.get_command(app)
+    assert isinstance(command, typer.core.TyperGroup)
+    return command
+
+
 def _run(arguments: Sequence[str]) -> int:
     """Run a command, and return its exit code."""
     _check_arguments(arguments)
     stdout, stderr = sys.stdout, sys.stderr
     try:
-        code = app(args=arguments or ["--help"], prog_name="querit", standalone_mode=False)
+        code = _command()(args=arguments or ["--help"], prog_name="querit", standalone_mode=False)
         if stdout is not None:
             stdout.flush()
         return code or 0

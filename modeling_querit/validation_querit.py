@@ -53,6 +53,9 @@ _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
 _PICKLES = ("pytorch_model*.bin*", "*.bin", "*.pt", "*.pth", "*.ckpt")
 
+# Models by class and config that have computed on the meta device: parents of a merge are alike.
+_COMPUTED: set[str] = set()
+
 
 class TensorHeader(NamedTuple):
     """What a safetensors file says about one tensor.
@@ -332,8 +335,12 @@ def check_model(
             return headers
         raise _config_error(content, build_from, error, place) from error
     _check_total(model, config.get_text_config().to_dict(), headers, bool(quantization), place)
+    described = json.dumps([type(model).__qualname__, content], default=str)
+    if described in _COMPUTED:
+        return headers
     try:
-        compute_from(copy.deepcopy(content))
+        _compute_on_meta(model)
+        _COMPUTED.add(described)
     except Exception as error:
         # A model that does not compute on the meta device for reasons of its own is not at fault.
         if not _is_undecided(error) and find_culprit(content, compute_from, error) is not None:

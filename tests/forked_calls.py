@@ -1,5 +1,6 @@
 """Functions in processes of their own, forked from one that has imported what they need and done nothing."""
 
+import gc
 import multiprocessing
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -21,7 +22,13 @@ CONTEXT.set_forkserver_preload(
 
 def exit_code_of(function, *arguments):
     """The exit code of a function in a process of its own: negative if a signal killed it."""
-    process = CONTEXT.Process(target=function, args=arguments)
+    process = CONTEXT.Process(target=_call, args=(function, *arguments))
     process.start()
     process.join()
     return process.exitcode
+
+
+def _call(function, *arguments):
+    # The collector would read, and so copy, all that was imported.
+    gc.freeze()
+    function(*arguments)

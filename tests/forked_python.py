@@ -9,13 +9,14 @@ given, and ends with tracebacks, exit functions and signals of its own. Only the
 it ends without taking the interpreter apart, which would take longer than many a test.
 
 Where imports themselves are tested, or processes must differ in their hash seeds, use `sys.executable`. Options other
-than `-I`, `-c` and `-m` start the real interpreter. Signals are passed on; SIGKILL cannot be, and reaches the child a
-moment after the command has ended: to kill a process as abruptly and wait for its end, send SIGUSR1.
+than `-I` or `-u`, `-c` and `-m` start the real interpreter. Signals are passed on; SIGKILL cannot be, and reaches the
+child a moment after the command has ended: to kill a process as abruptly and wait for its end, send SIGUSR1.
 """
 
 import atexit
 import contextlib
 import faulthandler
+import gc
 import importlib
 import io
 import json
@@ -30,21 +31,32 @@ import threading
 import types
 from pathlib import Path
 
-# What transformers, sentence-transformers, accelerate and mteb import first, as far as it reads no settings of the Hub.
+# What transformers, sentence-transformers, accelerate, datasets and mteb import, unless it reads settings of the Hub.
 LIBRARIES = [
     "torch",
     "torch._dynamo",
+    "torch._inductor.decomposition",
+    "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
-    "torch.distributed.tensor",
+    "torch.distributed.tensor.experimental",
     "torch.onnx",
     "torch.utils.data",
+    "bm25s",
+    "filelock",
+    "fsspec",
+    "httpcore2",
+    "httpx",
+    "httpx2",
     "jinja2.sandbox",
+    "multiprocess",
     "numpy",
     "pandas",
+    "PIL.Image",
     "polars",
     "psutil",
+    "pyarrow.dataset",
     "pyarrow.parquet",
-    "pydantic",
+    "pydantic.json_schema",
     "regex",
     "rich.progress",
     "safetensors.torch",
@@ -53,13 +65,16 @@ LIBRARIES = [
     "sklearn.metrics",
     "sympy",
     "tokenizers",
+    "torchao.quantization",
+    "trio",
     "typer",
+    "yaml",
 ]
 # Runs without site-packages. One that is killed closes its connection, and the server kills the child.
 COMMAND = """#!{executable} -IS
 import json, os, signal, socket, sys
 arguments = sys.argv[1:]
-first = arguments[arguments[:1] == ["-I"] :][:1]
+first = arguments[arguments[:1] in (["-I"], ["-u"]) :][:1]
 if not first or (first[0].startswith("-") and first[0] not in ("-c", "-m")):
     os.execv({executable!r}, [{executable!r}, *arguments])
 signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGABRT, signal.SIGUSR1)
@@ -109,9 +124,13 @@ def forked_python(folder: Path):
 
 def serve(listener):
     """Import the libraries, then fork for each connection. Returns a request in the child, None in the end."""
-    for name in LIBRARIES:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+    with quiet_stderr():
+        for name in LIBRARIES:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+    # The collector of a child would read, and so copy, the whole heap.
+    gc.collect()
+    gc.freeze()
     # Processes that wait for children leave nothing behind.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -124,6 +143,17 @@ def serve(listener):
             listener.close()
             return receive_and_fork(connection)
         connection.close()
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+    """Drop what is written to file descriptor 2: torchao complains about kernels for GPUs."""
+    before = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    yield
+    os.dup2(before, 2)
+    os.close(before)
 
 
 def receive_and_fork(connection):
@@ -152,9 +182,9 @@ def receive_and_fork(connection):
 
 def become(executable, arguments, environment, folder):
     """Run a program as the interpreter would with these arguments, and exit."""
-    is_isolated = arguments[0] == "-I"
-    arguments = arguments[is_isolated:]
-    open_streams(is_unbuffered=not is_isolated and bool(environment.get("PYTHONUNBUFFERED")))
+    is_isolated, is_unbuffered = arguments[0] == "-I", arguments[0] == "-u"
+    arguments = arguments[is_isolated or is_unbuffered :]
+    open_streams(is_unbuffered or (not is_isolated and bool(environment.get("PYTHONUNBUFFERED"))))
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

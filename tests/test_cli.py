@@ -284,21 +284,21 @@ def test_help_imports_neither_torch_nor_transformers():
 
 
 @pytest.mark.slow
-def test_rerank_prints_nothing_but_its_result(saved_folders, documents, forked_python):
+def test_rerank_prints_nothing_but_its_result(saved_folders, documents):
     pytest.importorskip("torchao")
     program = AT_EXIT.format({"torch", "torchao.utils"})
     options = ["--model", saved_folders("qwen3"), "--json", documents]
-    done = run_process("rerank", "--query", tiny.QUERY, *options, program=program, python=forked_python)
+    done = run_process("rerank", "--query", tiny.QUERY, *options, program=program)
     assert (done.returncode, done.stderr) == (0, "['torch']\n")
     assert len(json.loads(done.stdout)["results"]) == len(LINES)
 
 
 @pytest.mark.slow
-def test_torchao_is_imported_for_int8(saved_folders, documents, forked_python):
+def test_torchao_is_imported_for_int8(saved_folders, documents):
     pytest.importorskip("torchao")
     options = ["--model", saved_folders("qwen3"), "--json", "--int8", documents]
     program = AT_EXIT.format({"torchao.utils"})
-    done = run_process("rerank", "--query", tiny.QUERY, *options, program=program, python=forked_python)
+    done = run_process("rerank", "--query", tiny.QUERY, *options, program=program)
     assert (done.returncode, done.stderr) == (0, "['torchao.utils']\n")
 
 

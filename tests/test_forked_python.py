@@ -24,7 +24,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("options", [[], ["-I"]], ids=["as usual", "isolated"])
+@pytest.mark.parametrize("options", [[], ["-I"], ["-u"]], ids=["as usual", "isolated", "unbuffered"])
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_a_program_runs_alike(forked_python, tmp_path, program, options):
     results = []

@@ -172,14 +172,14 @@ def test_keeps_nothing_for_inference(moe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("needed", [(), (0,), (1,), (2,), (3,), (0, 3), (1, 2)], ids=str)
-def test_computes_the_gradients_needed(moe, needed):
+def test_computes_the_gradients_needed(moe):
     layer = make_layer(make_index(12, 6, 2))
     output, saved = moe.experts_forward(*layer, for_backward=True)
     every = moe.experts_backward(output, saved, *layer)
-    needs = tuple(place in needed for place in range(4))
-    for place, grad in enumerate(moe.experts_backward(output, moe.Saved(*saved), *layer, needs)):
-        assert grad is None if place not in needed else torch.equal(grad, every[place])
+    for needed in [(), (0,), (1,), (2,), (3,), (0, 3), (1, 2)]:
+        needs = tuple(place in needed for place in range(4))
+        for place, grad in enumerate(moe.experts_backward(output, moe.Saved(*saved), *layer, needs)):
+            assert grad is None if place not in needed else torch.equal(grad, every[place]), (needed, place)
 
 
 @pytest.mark.slow
