@@ -193,7 +193,7 @@ def _read_checked_run(path: str, queries: Mapping[str, str], documents: Mapping[
     return run
 
 
-class Candidates(TypedDict):
+class CandidateRow(TypedDict):
     """A line of `data/candidates.jsonl`: ids of a query, of the document it was written for, and of its candidates."""
 
     query: str
@@ -203,7 +203,7 @@ class Candidates(TypedDict):
 
 def draw_candidates(
     run: Run, source_documents: Mapping[str, str], documents: Sequence[str], bands: Bands, seed: int
-) -> Iterator[Candidates]:
+) -> Iterator[CandidateRow]:
     """Draw candidates of each query from the top, the middle and the tail of its ranking.
 
     The document that the query was written for is always among them.

@@ -11,7 +11,7 @@ from typing import TypedDict
 from urllib.parse import quote
 
 from ..cache import SCORES, DiskCache
-from .candidates import Candidates
+from .candidates import CandidateRow
 from .corpus import CorpusDocument
 from .extractive import without_copy
 from .teachers import Teacher, TeacherPair, pair_key
@@ -88,7 +88,7 @@ def score_cache(folder: Path, name: str) -> DiskCache[float]:
 
 
 def make_rows(
-    candidates: Iterable[Candidates],
+    candidates: Iterable[CandidateRow],
     queries: Mapping[str, str],
     documents: Mapping[str, CorpusDocument],
     teachers: Mapping[str, Teacher],
@@ -140,7 +140,7 @@ def make_rows(
 
 
 def pairs_of(
-    candidates: Iterable[Candidates], queries: Mapping[str, str], documents: Mapping[str, CorpusDocument]
+    candidates: Iterable[CandidateRow], queries: Mapping[str, str], documents: Mapping[str, CorpusDocument]
 ) -> list[TeacherPair]:
     """Pair every query with its candidates."""
     return [

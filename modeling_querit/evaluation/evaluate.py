@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..pair_encoding_querit import document_text
 from ..retrieval.collection import Collection
+from ..retrieval.fusion import min_max
 from ..retrieval.sampling import Retriever
 from .comparison import bootstrap_interval, p_value
 from .first_stages import (
@@ -298,7 +299,7 @@ def _load(name: str | os.PathLike[str]) -> Reranker:
 
 
 def _min_max(scores: Sequence[float]) -> list[float]:
-    """Scale scores to [0, 1]; all 0 if they are equal, and 0 where one is missing (-inf)."""
+    """Scale scores to [0, 1] as `min_max`; 0 where one is missing (-inf)."""
     finite = [score for score in scores if math.isfinite(score)]
-    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
-    return [(score - low) / (high - low) if high > low and math.isfinite(score) else 0.0 for score in scores]
+    scaled = iter(min_max(finite) if finite else [])
+    return [next(scaled) if math.isfinite(score) else 0.0 for score in scores]

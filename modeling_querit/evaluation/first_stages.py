@@ -205,11 +205,11 @@ def find_candidates(
                 "bm25."
             )
         first_stage = BM25_NAME
-    return first_stage_candidates(collection, make_first_stage(first_stage, collection, cache), queries, depth)
+    return first_stage_candidates(collection, _index(first_stage, collection, cache), queries, depth)
 
 
-def make_first_stage(name: str, collection: Collection, cache: str | os.PathLike[str] | None = None) -> Retriever:
-    """Index a collection by one of `FIRST_STAGES` or an encoder; see `find_candidates`."""
+def _index(name: str, collection: Collection, cache: str | os.PathLike[str] | None) -> Retriever:
+    """Index a collection by one of `FIRST_STAGES` or an encoder."""
     if name in FIRST_STAGES:
         return FIRST_STAGES[name].index(collection.documents)
     from ..retrieval.dense import DenseIndex, load_encoder
