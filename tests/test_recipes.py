@@ -104,9 +104,9 @@ def test_the_cross_encoder_joins_the_labels():
     assert found["teachers"] == {"bm25": [1.0, 0.0], "cross_encoder": [0.0, 2.0]}
 
 
-def test_held_back_documents_are_the_same_in_all_languages():
+def test_held_out_documents_are_the_same_in_all_languages():
     for page in map(str, range(200)):
-        held = {sources.is_held_back(name, f"{name[-2:]}_{page}") for name in ("lohelp_de", "lohelp_es", "lohelp_ru")}
+        held = {sources.is_held_out(name, f"{name[-2:]}_{page}") for name in ("lohelp_de", "lohelp_es", "lohelp_ru")}
         assert len(held) == 1
 
 

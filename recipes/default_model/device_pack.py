@@ -162,7 +162,7 @@ def main() -> None:
             if kind == "corpora":
                 ids = sorted(ids, key=lambda document: sources.fraction("device", document))[: settings.cap]
             source_lists = [row for row in lists if row["source"] == name]
-            if name in sources.HELD_BACK:
+            if name in sources.HELD_OUT:
                 # Only the documents of the validation lists: such a source is never trained on.
                 ids = list(dict.fromkeys(document for row in source_lists for document in row["documents"]))
             indices = {document: first + offset for offset, document in enumerate(ids)}
@@ -182,7 +182,7 @@ def main() -> None:
                         "grades": row["grades"],
                     }
                 )
-            if name in sources.HELD_BACK:
+            if name in sources.HELD_OUT:
                 continue
             index = BM25({document: source.documents[document] for document in ids})
             usable = _queries(source, read_written(settings.queries, name), indices)
@@ -288,7 +288,7 @@ def _queries(source: sources.Source, written: list[dict], indices: dict[str, int
     queries = []
     for name, text in source.queries.items():
         relevant = relevant_of(source, name)
-        if not any(sources.is_held_back(source.name, document) for document in relevant):
+        if not any(sources.is_held_out(source.name, document) for document in relevant):
             queries.append({"name": name, "text": text, "relevant": relevant, "style": "human", "native": ""})
     for row in written:
         if row["document"] in indices:

@@ -19,7 +19,7 @@ TOP, MIDDLE, RANDOM = 4, 2, 1
 ROWS_PER_SOURCE = 3000
 # Sources of the validation lists: those never trained on, and others, of which only held-out documents count.
 VALIDATION = (
-    *sources.HELD_BACK,
+    *sources.HELD_OUT,
     "nq_qed_clapnq",
     "gnome_help",
     "tldr_commands",
@@ -62,7 +62,7 @@ def rows_of(source: sources.Source, index: BM25, seed: int = 0) -> list[dict]:
     queries = sorted(source.queries, key=lambda query: sources.fraction("rows", query))
     for query in queries:
         relevant = relevant_of(source, query)
-        if any(sources.is_held_back(source.name, document) for document in relevant):
+        if any(sources.is_held_out(source.name, document) for document in relevant):
             continue
         rng = random.Random(f"{seed}/{source.name}/{query}")
         ranked = [
@@ -101,7 +101,7 @@ def validation_of(source: sources.Source, index: BM25) -> list[dict]:
     lists = []
     for query in sorted(source.queries, key=lambda query: sources.fraction("validation", query)):
         relevant = relevant_of(source, query)
-        if not all(sources.is_held_back(source.name, document) for document in relevant):
+        if not all(sources.is_held_out(source.name, document) for document in relevant):
             continue
         ranked = ranked_by_bm25(source, index, query, VALIDATION_DOCUMENTS)
         if query in source.candidates:
@@ -142,7 +142,7 @@ def main() -> None:
     for name in sources.names(settings.data, "general"):
         path = settings.out / f"{name}.jsonl"
         wants_lists = name in VALIDATION and not settings.validation.exists()
-        if not wants_lists and (path.exists() or name in sources.HELD_BACK):
+        if not wants_lists and (path.exists() or name in sources.HELD_OUT):
             continue
         source = sources.load(settings.data, "general", name)
         index = BM25(source.documents)
@@ -150,7 +150,7 @@ def main() -> None:
             source_lists = validation_of(source, index)
             lists += source_lists
             print(f"{name}: {len(source_lists)} validation lists", flush=True)
-        if name not in sources.HELD_BACK and not path.exists():
+        if name not in sources.HELD_OUT and not path.exists():
             rows = rows_of(source, index)
             write_lines(path, rows)
             print(f"{name}: {len(rows)} rows", flush=True)

@@ -52,7 +52,7 @@ def passages(data: Path, seen: set[str]) -> Iterator[tuple[str, str, str, str]]:
         chosen = [
             document
             for document in source.documents
-            if not sources.is_held_back(name, document) and document not in seen
+            if not sources.is_held_out(name, document) and document not in seen
         ]
         waiting.append((source, sorted(chosen, key=lambda document: sources.fraction("model", document))))
     for index in range(max(len(chosen) for _, chosen in waiting)):

@@ -40,7 +40,7 @@ def rows_of(judges: Judges, ensemble: Ensemble, written: list[dict], seed: int =
     queries: list[tuple[Query, dict[str, float], dict]] = []
     for name, text in source.queries.items():
         relevant = relevant_of(source, name)
-        if not any(sources.is_held_back(source.name, document) for document in relevant):
+        if not any(sources.is_held_out(source.name, document) for document in relevant):
             kind = "cross_lingual" if source.name == "gnome_help" and name.endswith("_x") else "human"
             queries.append((Query(name, text), relevant, {"style": kind}))
     for row in written:
@@ -173,7 +173,7 @@ def main() -> None:
     for kind in ("general", "corpora"):
         for name in sources.names(settings.data, kind):
             folder, path = settings.cache / "embeddinggemma" / name, settings.out / f"{name}.jsonl"
-            if name in sources.HELD_BACK or not folder.exists():
+            if name in sources.HELD_OUT or not folder.exists():
                 continue
             # Hash of the inputs: a file is rebuilt when embeddings or weights have changed.
             parts = sorted(path.name for path in settings.cache.glob(f"*/{name}/*.safetensors"))

@@ -14,9 +14,9 @@ UNUSABLE = {"korquad", "tquad"}
 # Evaluation splits of public benchmarks.
 LEFT_OUT_SPLITS = {"jaquad": {"dev"}}
 # Held-out sources, never trained on: they validate generalization to unseen domains and languages.
-HELD_BACK = ("pubmedqa", "covid_faq_gov", "heq", "kazqad", "lohelp_vi", "swequad_mc")
+HELD_OUT = ("pubmedqa", "covid_faq_gov", "heq", "kazqad", "lohelp_vi", "swequad_mc")
 # Fraction of the other sources' documents that is held out, with all queries on them.
-HELD_BACK_SHARE = 0.05
+HELD_OUT_SHARE = 0.05
 # Documents used per source, those with relevance judgements first.
 CAP = 1500
 CAPS = {
@@ -66,7 +66,7 @@ def names(data: Path, kind: str) -> list[str]:
     """Names of the usable sources of `general` or `corpora`: by descending sampling weight, then by ascending size."""
     folders = [path.parent for path in (data / kind).glob("*/meta.json") if path.parent.name not in UNUSABLE]
     sizes = {folder.name: (folder / "corpus.jsonl.gz").stat().st_size for folder in folders}
-    return sorted(sizes, key=lambda name: (name in HELD_BACK, -EMPHASIS.get(name, 1.0), sizes[name], name))
+    return sorted(sizes, key=lambda name: (name in HELD_OUT, -EMPHASIS.get(name, 1.0), sizes[name], name))
 
 
 def load(data: Path, kind: str, name: str) -> Source:
@@ -131,9 +131,9 @@ def language_of(source: Source, document: str) -> str:
     return max(matches, key=len, default=languages[0])
 
 
-def is_held_back(source: str, document: str) -> bool:
+def is_held_out(source: str, document: str) -> bool:
     """Whether a document is held out for validation, with all queries on it and on its translations."""
-    return source in HELD_BACK or fraction(page_of(source, document)) < HELD_BACK_SHARE
+    return source in HELD_OUT or fraction(page_of(source, document)) < HELD_OUT_SHARE
 
 
 def fraction(*parts: str) -> float:

@@ -128,14 +128,14 @@ def _key_of(scores: dict[str, list[float]]) -> str:
     return "+".join(name for name in TEACHERS if name in scores)
 
 
-def held_back_lists(judges: Judges) -> list[dict]:
+def held_out_lists(judges: Judges) -> list[dict]:
     """Lists of human validation queries: the top documents of BM25 and the encoder, and the relevant ones."""
     source, lists = judges.source, []
     for name in sorted(source.queries, key=lambda query: sources.fraction("weights", query)):
         relevant, query = relevant_of(source, name), Query(name, source.queries[name])
         if len(lists) == LISTS:
             break
-        if not all(sources.is_held_back(source.name, document) for document in relevant) or not judges.knows(query):
+        if not all(sources.is_held_out(source.name, document) for document in relevant) or not judges.knows(query):
             continue
         documents = list(dict.fromkeys([*judges.by_words(query, 15)[:15], *relevant]))
         if name not in source.candidates:
@@ -190,7 +190,7 @@ def main() -> None:
     for name in sources.names(settings.data, "general"):
         if not (settings.cache / "embeddinggemma" / name).exists():
             continue
-        source_lists = held_back_lists(Judges(sources.load(settings.data, "general", name), settings.cache))
+        source_lists = held_out_lists(Judges(sources.load(settings.data, "general", name), settings.cache))
         if len(source_lists) >= 5:
             by_source[name] = source_lists
             print(f"{name}: {len(source_lists)} lists", flush=True)

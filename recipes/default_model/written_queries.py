@@ -39,7 +39,7 @@ def extractive(source: sources.Source, seed: int = 0) -> list[dict]:
     rows = []
     for document in documents:
         name = document["_id"]
-        if sources.is_held_back(source.name, name):
+        if sources.is_held_out(source.name, name):
             continue
         rng = random.Random(f"{seed}/{source.name}/{name}")
         language = sources.language_of(source, name)
@@ -93,7 +93,7 @@ def cross_lingual(data: Path, name: str, seed: int = 0) -> list[dict]:
         else [
             sibling
             for sibling in sources.names(data, "general")
-            if sibling.startswith("lohelp") and sibling not in sources.HELD_BACK
+            if sibling.startswith("lohelp") and sibling not in sources.HELD_OUT
         ]
     )
     titles: dict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -120,7 +120,7 @@ def cross_lingual(data: Path, name: str, seed: int = 0) -> list[dict]:
                 if title_language != language
             }
         )
-        if not others or sources.is_held_back(name, document):
+        if not others or sources.is_held_out(name, document):
             continue
         rng = random.Random(f"{seed}/cross/{name}/{document}")
         query_language = rng.choice(sorted({title_language for title_language, _ in others}))
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/default_model/queries"))
     settings = parser.parse_args()
     for name in sources.names(settings.data, "general"):
-        if name.startswith(("gnome_help", "lohelp", "tldr_commands")) and name not in sources.HELD_BACK:
+        if name.startswith(("gnome_help", "lohelp", "tldr_commands")) and name not in sources.HELD_OUT:
             path = settings.out / f"{name}.jsonl"
             if not path.exists():
                 rows = cross_lingual(settings.data, name)
