@@ -15,7 +15,8 @@ from benchmarks.peers import Peer
 from benchmarks.shapes import SHAPES, size_of
 from benchmarks.workloads import Task, needed_flops
 from modeling_querit import QueritForSequenceRanking
-from modeling_querit.ranking_querit import ALL, Optimizations, score_stream
+from modeling_querit.ranking_querit import score_stream
+from modeling_querit.scoring_querit import ALL, Optimizations
 
 OURS = "rank"
 INT8 = "rank, int8"

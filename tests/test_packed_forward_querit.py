@@ -8,7 +8,7 @@ from packs import MODELS, PAIRS, encode, forward_passes, is_left_as_it_was, make
 
 from modeling_querit.packed_forward_querit import is_causal
 from modeling_querit.packing_querit import plan_packs
-from modeling_querit.ranking_querit import ALL, Optimizations
+from modeling_querit.scoring_querit import ALL, Optimizations
 
 COMBINATIONS = [
     ALL,

@@ -8,7 +8,7 @@ from packs import MODELS, plain, score
 
 from modeling_querit import mixed_precision_querit, modeling_querit, moe_querit
 from modeling_querit.mixed_precision_querit import ComputeDtypes
-from modeling_querit.ranking_querit import ALL, Optimizations
+from modeling_querit.scoring_querit import ALL, Optimizations
 
 F32, BF16 = torch.float32, torch.bfloat16
 

@@ -4,21 +4,16 @@ import math
 import re
 import sys
 import threading
-import time
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from transformers.utils import logging
 
 from modeling_querit import QueritForSequenceClassification, RankedDocument, ranking_querit
-from modeling_querit.ranking_querit import Optimizations, plan_batches, score_stream
 
 
 @pytest.fixture
@@ -36,14 +31,6 @@ def broken(loaded):
         return loaded
 
     return make
-
-
-@pytest.fixture
-def packs(loaded):
-    """The packs that go through the model."""
-    packs = []
-    loaded.register_forward_pre_hook(lambda module, args, kwargs: packs.append(kwargs["pack"]), with_kwargs=True)
-    return packs
 
 
 def in_order(scores):
@@ -161,56 +148,9 @@ def test_scores_do_not_depend_on_the_neighbours(model, scores):
     assert [model.predict([pair]).item() for pair in tiny.pairs()] == pytest.approx(scores, abs=1e-5)
 
 
-@pytest.fixture
-def sizes(loaded):
-    """(rows, width) of every forward pass through the backbone."""
-    sizes = []
-    loaded.model.register_forward_hook(
-        lambda module, args, kwargs, output: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    return sizes
-
-
 def test_a_batch_of_nothing_is_refused_at_once(model):
     with pytest.raises(ValueError, match="batch_tokens is 0"):
         model.predict_stream(tiny.pairs(), batch_tokens=0)
-
-
-def test_forward_passes_keep_to_batch_tokens(loaded, sizes, packs):
-    loaded.predict([*tiny.pairs(), (tiny.QUERY, tiny.LONG_DOCUMENT)], batch_tokens=150)
-    assert sizes == [(1, len(pack)) for pack in packs]
-    assert sizes[0] == (1, tiny.MAX_LENGTH)
-    assert all(width <= 150 for _, width in sizes[1:])
-    assert sum(len(pack.pairs) for pack in packs) == len(tiny.DOCUMENTS) + 1
-    assert max(len(pack.pairs) for pack in packs) > 1
-
-
-def test_padded_forward_passes_keep_to_batch_tokens(loaded, sizes):
-    pairs = [*tiny.pairs(), (tiny.QUERY, tiny.LONG_DOCUMENT)]
-    assert len(list(score_stream(loaded, pairs, batch_tokens=150, optimizations=Optimizations(packing=False)))) == 7
-    assert sizes[0] == (1, tiny.MAX_LENGTH)
-    assert all(rows * width <= 150 for rows, width in sizes[1:])
-    assert sum(rows for rows, _ in sizes) == len(tiny.DOCUMENTS) + 1
-    assert max(rows for rows, _ in sizes) > 1
-
-
-@given(st.lists(st.integers(1, 200), max_size=60), st.integers(1, 500))
-def test_plan_batches(lengths, batch_tokens):
-    batches = list(plan_batches(lengths, batch_tokens))
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= batch_tokens
-    longest = [max(lengths[index] for index in batch) for batch in batches]
-    assert longest == sorted(longest, reverse=True)
-    # No batch could have taken the next text as well.
-    for batch, (first, *_) in pairwise(batches):
-        assert (len(batch) + 1) * max(lengths[batch[0]], lengths[first]) > batch_tokens
-
-
-def test_planning_many_batches_is_quick():
-    start = time.process_time()
-    assert sum(1 for _ in plan_batches([1] * 100_000, 1)) == 100_000
-    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize("batch_tokens", [0, -5])
@@ -450,26 +390,6 @@ def test_a_warning_says_that_pairs_were_cut(models, monkeypatch):
     model.predict([*tiny.pairs(), (tiny.QUERY, tiny.LONG_DOCUMENT), ("who " * 300, "x")])
     [message] = messages
     assert "longer than max_length" in message
-
-
-def test_weights_that_float32_states_cannot_be_computed_with_are_computed_in_their_dtype(loaded, scores):
-    asked = []
-
-    def refuse(module, args, kwargs):
-        asked.append(kwargs["mixed_precision"])
-        if kwargs["mixed_precision"]:
-            raise RuntimeError("expected scalar type Float but found BFloat16")
-
-    loaded.register_forward_pre_hook(refuse, with_kwargs=True)
-    for _ in range(2):
-        assert loaded.predict(tiny.pairs()).tolist() == pytest.approx(scores, abs=1e-5)
-    # It is tried once, and not again.
-    assert asked == [True, False, False]
-
-
-def test_default_batch_tokens(models):
-    assert ranking_querit.default_batch_tokens(models("qwen3")) == 2048
-    assert ranking_querit.default_batch_tokens(models("deepseek_v3")) == 8192
 
 
 @pytest.mark.parametrize("pairs", [[None], ["ab"], [("a", "b"), ("a",)], ("ab", "cd"), [{"query": "a", "text": "b"}]])

@@ -18,7 +18,7 @@ from packs import PAIRS, hooks_of, is_left_as_it_was, plain, score
 
 import modeling_querit
 from modeling_querit import QueritConfig, QueritForSequenceRanking
-from modeling_querit.ranking_querit import Optimizations
+from modeling_querit.scoring_querit import Optimizations
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, RuntimeError])

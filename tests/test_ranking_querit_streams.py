@@ -1,14 +1,10 @@
-"""Endless input, and too little memory."""
-
-from types import SimpleNamespace
+"""Endless input."""
 
 import pytest
 import tiny
-import torch
 from torch import nn
 
 from modeling_querit import ranking_querit
-from modeling_querit.ranking_querit import Optimizations, score_stream
 
 # Streams
 
@@ -123,99 +119,3 @@ def test_many_queries_at_once(model, batch_tokens):
     for index, query in enumerate(queries):
         assert scores[index :: len(queries)][: len(tiny.DOCUMENTS)] == pytest.approx(alone[query], abs=1e-5)
     assert scores[-1] == pytest.approx(model.predict(pairs[-1:]).item(), abs=1e-5)
-
-
-# Out of memory
-
-
-MEMORY_ERRORS = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."),
-    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)."),
-    MemoryError(),
-]
-
-
-@pytest.fixture
-def limit_memory(models, monkeypatch):
-    """Makes forward passes of too many tokens fail; returns a model, the sizes that were tried, and the warnings."""
-    handles = []
-
-    def limit(tokens, error):
-        model, sizes, warnings = models("qwen3"), [], []
-
-        def check_size(module, args, kwargs):
-            sizes.append(len(kwargs["pack"]) if "pack" in kwargs else kwargs["input_ids"].numel())
-            if sizes[-1] > tokens:
-                raise error
-
-        handles.append(model.register_forward_pre_hook(check_size, with_kwargs=True))
-        logger = SimpleNamespace(warning=warnings.append, warning_once=lambda message: None)
-        monkeypatch.setattr(ranking_querit, "logger", logger)
-        return model, sizes, warnings
-
-    yield limit
-    for handle in handles:
-        handle.remove()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("error", MEMORY_ERRORS, ids=["CUDA", "CPU", "MPS", "Python"])
-@pytest.mark.parametrize("packing", [True, False])
-def test_out_of_memory_halves_the_batches(models, limit_memory, small_windows, error, packing):
-    pairs = [(query, document) for document in STREAM for query in [tiny.QUERY, "a novel"]]
-    expected = models("qwen3").predict(pairs).tolist()
-    model, sizes, warnings = limit_memory(200, error)
-    scored = score_stream(model, pairs, batch_tokens=1000, optimizations=Optimizations(packing=packing))
-    assert [score for _, score in scored] == pytest.approx(expected, abs=1e-5)
-    failed = [index for index, tokens in enumerate(sizes) if tokens > 200]
-    assert 1 <= len(failed) <= 5
-    assert len(warnings) == len(failed)
-    assert all("Out of memory" in warning for warning in warnings)
-    # Only the first window tries what does not fit: from then on, batches are small.
-    assert failed == list(range(len(failed)))
-    assert len(sizes) > 10
-
-
-def test_out_of_memory_in_the_middle(models):
-    """Scores that are known are kept, prefixes are computed anew."""
-    model = models("qwen3")
-    expected = model.predict(tiny.pairs(STREAM)).tolist()
-    packs = []
-
-    def fail_once(module, args, kwargs):
-        packs.append(kwargs["pack"])
-        if len(packs) == 3:
-            raise MEMORY_ERRORS[0]
-
-    handle = model.register_forward_pre_hook(fail_once, with_kwargs=True)
-    try:
-        scores = model.predict(tiny.pairs(STREAM), batch_tokens=150).tolist()
-    finally:
-        handle.remove()
-    assert scores == pytest.approx(expected, abs=1e-5)
-    assert packs[2].carried_length > 0
-    assert packs[3].carried_length == 0
-    assert sum(len(pack.pairs) for pack in packs) == len(STREAM) + len(packs[2].pairs)
-
-
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize(
-    "pairs", [[(tiny.QUERY, tiny.LONG_DOCUMENT)], [*tiny.pairs(), (tiny.QUERY, tiny.LONG_DOCUMENT)]]
-)
-def test_a_pair_that_does_not_fit_at_all(limit_memory, packing, pairs):
-    model, _, _ = limit_memory(200, MEMORY_ERRORS[0])
-    with pytest.raises(RuntimeError, match=f"A pair of {tiny.MAX_LENGTH} tokens does not fit.*max_length") as caught:
-        list(score_stream(model, pairs, optimizations=Optimizations(packing=packing)))
-    assert caught.value.__cause__ is MEMORY_ERRORS[0]
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_other_errors_are_raised_as_they_are(limit_memory, packing):
-    error = RuntimeError("a shape is wrong")
-    model, sizes, warnings = limit_memory(0, error)
-    with pytest.raises(RuntimeError) as caught:
-        list(score_stream(model, tiny.pairs(), optimizations=Optimizations(packing=packing)))
-    assert caught.value is error
-    assert len(sizes) == 1
-    assert warnings == []

@@ -48,6 +48,7 @@ FILES = {
     "processing_querit.py",
     "ranking_querit.py",
     "saving_querit.py",
+    "scoring_querit.py",
     "sentence_bert_config.json",
     "tokenization_querit.py",
     "tokenizer.json",

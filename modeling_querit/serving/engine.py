@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..pair_encoding_querit import Pair
 from ..processing_querit import QueritProcessor
-from ..ranking_querit import default_batch_tokens, score_stream
+from ..ranking_querit import score_stream
+from ..scoring_querit import default_batch_tokens
 from .cache import ScoreCache, pair_key
 from .errors import RequestError
 from .jobs import Job, Options
