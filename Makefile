@@ -32,7 +32,7 @@ test-oldest: $(OLDEST)/.installed
 
 # The scores of vLLM on a CPU, in an environment of its own.
 test-vllm: $(VENV)/.installed-all $(VLLM)/.installed
-	QUERIT_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest tests/integrations/test_vllm.py tests/checkpoints/test_convert_vllm.py
+	QUERIT_VLLM=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest tests/integrations/test_vllm.py tests/checkpoints/test_convert_vllm.py
 
 lint: $(VENV)/.installed-all
 	$(BIN)/ruff check .
