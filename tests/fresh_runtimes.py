@@ -1,4 +1,4 @@
-"""Run by test_runtimes.py in a process of its own: scores of a saved folder in other packages, without ours."""
+"""Run by test_runtimes.py in a process of its own: scores of saved folders in other packages, without ours."""
 
 import json
 import logging
@@ -144,10 +144,14 @@ RUNTIMES = (tokenizers, pipeline, rerankers, txtai, langchain, llama_index, hays
 
 
 def main(inputs):
-    scores = {}
-    for runtime in RUNTIMES:
-        scores |= dict(runtime(inputs["folder"], inputs["query"], inputs["documents"]))
-    return scores
+    return {
+        architecture: {
+            name: scores
+            for runtime in RUNTIMES
+            for name, scores in runtime(folder, inputs["query"], inputs["documents"])
+        }
+        for architecture, folder in inputs["folders"].items()
+    }
 
 
 if __name__ == "__main__":

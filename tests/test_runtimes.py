@@ -15,19 +15,17 @@ RUNTIMES = [
 ]
 
 
-@pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
-def scores(request, saved_folders, models, forked_python, tmp_path_factory):
-    """Scores of all runtimes, in one process, and those of `predict`."""
+@pytest.fixture(scope="module")
+def all_scores(saved_folders, forked_python, tmp_path_factory):
+    """Scores by architecture and runtime, all from one process."""
     for package in ("rerankers", "txtai", "langchain_community", "haystack_integrations", "pyterrier", "onnxscript"):
         pytest.importorskip(package)
     work = tmp_path_factory.mktemp("runtimes")
-    folder = shutil.copytree(saved_folders(request.param), work / "my-reranker-v1.0")
-    inputs = {
-        "folder": str(folder),
-        "query": tiny.QUERY,
-        "documents": tiny.STRINGS,
-        "result": str(work / "result.json"),
+    folders = {
+        architecture: str(shutil.copytree(saved_folders(architecture), work / f"my-{architecture}-v1.0"))
+        for architecture in tiny.ARCHITECTURES
     }
+    inputs = {"folders": folders, "query": tiny.QUERY, "documents": tiny.STRINGS, "result": str(work / "result.json")}
     (work / "inputs.json").write_text(json.dumps(inputs))
     done = subprocess.run(
         [forked_python, str(Path(__file__).with_name("fresh_runtimes.py")), str(work / "inputs.json")],
@@ -39,8 +37,13 @@ def scores(request, saved_folders, models, forked_python, tmp_path_factory):
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    expected = models(request.param).predict(tiny.pairs(tiny.STRINGS)).tolist()
-    return json.loads((work / "result.json").read_text()), expected
+    return json.loads((work / "result.json").read_text())
+
+
+@pytest.fixture
+def scores(all_scores, model, architecture):
+    """Scores of all runtimes, and those of `predict`."""
+    return all_scores[architecture], model.predict(tiny.pairs(tiny.STRINGS)).tolist()
 
 
 @pytest.mark.slow
