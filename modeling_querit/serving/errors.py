@@ -13,6 +13,8 @@ from starlette.responses import Response
 _TYPES = {401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError"}
 # What pydantic and its JSON parser put around their messages.
 _VALUE_ERROR = "Value error, "
+# What pydantic calls the types that a field may have, in the place of an error.
+_TYPE_NAME = re.compile(r"str|[\w-]+\[.*\]")
 
 
 class RequestError(Exception):
@@ -47,11 +49,14 @@ def validation_sentence(errors: Sequence[Mapping[str, Any]]) -> str:
         'documents[3]: input should be a valid string.'
         ```
     """
-    error = errors[0]
+    # Of the types that a field may have, the one that fits best says the place most exactly.
+    error = max(
+        (error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]), key=lambda error: len(error["loc"])
+    )
     # The field's name may be any text: one that is unknown comes from the request.
+    parts = [*error["loc"][1:2], *(part for part in error["loc"][2:] if not _TYPE_NAME.fullmatch(str(part)))]
     place = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{re.sub(r'[^ -~]', '?', str(part))[:40]}"
-        for part in error["loc"][1:]
+        f"[{part}]" if isinstance(part, int) else f".{re.sub(r'[^ -~]', '?', str(part))[:40]}" for part in parts
     ).lstrip(".")
     place = place or "The body"
     if error.get("type") == "extra_forbidden":

@@ -120,6 +120,20 @@ def test_what_is_wrong_is_said_in_a_sentence(client, content, status, words):
     assert error["code"] == status
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "place"),
+    [
+        ("text_2", ["a", 3], "text_2[1]: a document"),
+        ("text_2", 3, "text_2: a document"),
+        ("text_1", [3], "text_1[0]: "),
+    ],
+)
+def test_the_place_of_a_wrong_text_of_a_pair_is_named(client, field, value, place):
+    response = client.post("/score", json={"text_1": "q", "text_2": "a"} | {field: value})
+    assert response.status_code == 422
+    assert response.json()["error"]["message"].startswith(place)
+
+
 def metric(address, name):
     lines = httpx.get(address + "/metrics").text.splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith(name + " "))
