@@ -81,7 +81,8 @@ class Engine:
         Raises:
             RequestError: if a pair does not fit, or the queue is full.
         """
-        options = options._replace(max_length=min(options.max_length or self.max_length, self.max_length))
+        asked = self.max_length if options.max_length is None else options.max_length
+        options = options._replace(max_length=min(asked, self.max_length))
         loop = asyncio.get_running_loop()
         try:
             with self._scheduler.room(len(pairs)):

@@ -110,6 +110,7 @@ def test_state(client):
         (b'{"query": "a", "documents": ["a"], "model": "gpt"}', 404, "name tiny, or leave out model"),
         (b'{"query": "a", "documents": ["a"], "max_tokens_per_doc": 9}', 422, "truncate_prompt_tokens"),
         (b'{"query": "a", "documents": ["a"], "truncate_prompt_tokens": 3}', 422, "shorten the instruction"),
+        (b'{"query": "a", "documents": ["a"], "truncate_prompt_tokens": 0}', 422, "give an integer of at least 1"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(client, content, status, words):
