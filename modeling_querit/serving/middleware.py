@@ -70,6 +70,9 @@ class Gate:
             self._metrics.count_request(route, status, time.monotonic() - start)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "HEAD":
+            # The server sends no body then.
+            scope = {**scope, "method": "GET"}
         try:
             self._check(scope)
             await self._app(scope, await self._read_body(receive), send)
@@ -130,6 +133,8 @@ class Gate:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise RequestError(415, "The body must be JSON: send the header 'Content-Type: application/json'.")
+            if headers.get("content-encoding", "identity").strip().lower() != "identity":
+                raise RequestError(415, "The body must not be compressed: send it without the header Content-Encoding.")
             length = headers.get("content-length", "")
             if length.isdigit() and int(length) > self._max_bytes:
                 raise BodyTooLargeError

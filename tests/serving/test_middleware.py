@@ -1,6 +1,7 @@
 """What is refused before a route sees it, over real connections."""
 
 import asyncio
+import gzip
 import json
 import logging
 import socket
@@ -85,6 +86,23 @@ def test_whoever_sends_a_large_body_gets_the_sentence(guarded, is_chunked):
 def test_other_bodies_than_json_are_refused(guarded, headers):
     response = guarded.post("/rerank", content=json.dumps(BODY), headers=headers)
     assert response.status_code == 415
+
+
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_compressed_bodies_are_refused_in_words(guarded, is_compressed):
+    content = gzip.compress(json.dumps(BODY).encode()) if is_compressed else json.dumps(BODY)
+    response = guarded.post("/rerank", content=content, headers=JSON | {"content-encoding": "gzip"})
+    assert response.status_code == 415
+    assert "must not be compressed" in message(response)
+
+
+@pytest.mark.parametrize(("path", "status"), [("/", 200), ("/health", 200), ("/ready", 200), ("/rerank", 405)])
+def test_head_is_answered_as_get_without_the_body(guarded, path, status):
+    """What a balancer or `wget --spider` asks; the connection is of use after it."""
+    for _ in range(2):
+        response = guarded.head(path)
+        assert (response.status_code, response.content) == (status, b"")
+        assert int(response.headers["content-length"]) == len(guarded.get(path).content)
 
 
 def test_requests_are_counted_by_route(guarded):
