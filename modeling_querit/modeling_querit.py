@@ -438,7 +438,7 @@ class QueritForSequenceRanking(QueritPreTrainedModel):
             TypeError: if the query is not a string, or a document has no text.
             ValueError: if `top_k` is below 1, a score is NaN or infinite, the model is not calibrated, or the pool is
                 not that of this model as it is now.
-            RuntimeError: if a process was killed.
+            RuntimeError: if a process was killed, or cannot use its device.
         """
         return rank_documents(
             self,

@@ -24,6 +24,7 @@ _MAX_CHUNK = 64
 _ALIGNMENT = 64
 # Seconds until a worker that does not end is killed.
 _PATIENCE = 5.0
+_CLOSED = "The pool was closed before all pairs had their scores: start a new one."
 
 
 def plan_chunks(queries: Sequence[str], lengths: Sequence[int], num_workers: int) -> list[list[int]]:
@@ -113,7 +114,7 @@ class ProcessPool:
                     "before it was ready; a script that starts processes needs `if __name__ == '__main__':`"
                 )
                 if error is not None:
-                    raise error
+                    raise RuntimeError(f"The worker process on {worker.device} cannot use it: {error}") from error
         except BaseException:
             self.close()
             raise
@@ -153,7 +154,7 @@ class ProcessPool:
             on_done: Functions to call when each of them has ended.
 
         Raises:
-            RuntimeError: if a worker was killed; the pool is closed then.
+            RuntimeError: if a worker was killed, which closes the pool, or the pool is closed.
             Exception: what a call has raised, with the traceback in the worker as a note.
         """
         results: list[Any] = [None] * len(calls)
@@ -163,12 +164,16 @@ class ProcessPool:
             pending = len(calls)
             try:
                 while pending:
-                    for worker in self._workers:
+                    # Another thread may close the pool at any time.
+                    workers = self._workers
+                    if not workers:
+                        raise _WorkerEnded(_CLOSED)
+                    for worker in workers:
                         if waiting and not worker.is_busy:
                             index = waiting.popleft()
                             worker.send((run, index), calls[index])
-                    busy = [worker for worker in self._workers if worker.is_busy]
-                    readable = connection.wait([worker.connection for worker in busy])
+                    busy = [worker for worker in workers if worker.is_busy]
+                    readable = _readable(busy)
                     for worker in (worker for worker in busy if worker.connection in readable):
                         (run_of_answer, index), result, error = worker.receive("while it was scoring")
                         # A worker may have been left at the call of a run that ended early.
@@ -180,15 +185,16 @@ class ProcessPool:
                         pending -= 1
                         on_done[index]()
             except _WorkerEnded as error:
+                message = str(error) if self._workers else _CLOSED
                 self.close()
-                raise RuntimeError(str(error)) from None
+                raise RuntimeError(message) from None
         return results
 
     def close(self) -> None:
         """End the workers, whatever they are doing."""
-        for worker in self._workers:
+        workers, self._workers = self._workers, []
+        for worker in workers:
             worker.end()
-        self._workers.clear()
 
 
 class _WorkerEnded(RuntimeError):
@@ -265,6 +271,14 @@ class _Worker:
             self.process.kill()
             self.process.join()
         self.connection.close()
+
+
+def _readable(workers: Sequence[_Worker]) -> list[Any]:
+    """Wait until some of the workers have answered or ended, and return their connections."""
+    try:
+        return connection.wait([worker.connection for worker in workers])
+    except OSError:
+        raise _WorkerEnded(_CLOSED) from None
 
 
 def _start_workers(devices: Sequence[torch.device], arguments: tuple[Any, ...]) -> Iterator[_Worker]:

@@ -139,7 +139,7 @@ def score_stream(
         TypeError: if an argument has another type, a pair is not a 2-tuple, or a document has no text.
         ValueError: if a number is below 1, the model has no weights, the pool is not this model's as it is now, or a
             score is NaN or infinite.
-        RuntimeError: if a process was killed.
+        RuntimeError: if a process was killed, or cannot use its device.
     """
     if isinstance(pairs, str | bytes | Mapping) or not isinstance(pairs, Iterable):
         raise TypeError(f"pairs is {describe(pairs)}: give (query, document) tuples.")

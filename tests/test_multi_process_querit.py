@@ -141,6 +141,45 @@ def test_devices_that_are_none_are_named_at_once(models, device, error):
         check_devices(device)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that cannot be used")
+def test_a_device_that_cannot_be_used_is_named(models):
+    with pytest.raises(RuntimeError, match=r"on cuda:0 cannot use it: .*CUDA"):
+        models("deepseek_v3").rank(tiny.QUERY, tiny.DOCUMENTS, device=["cuda:0"])
+
+
+@pytest.mark.slow
+def test_whoever_scores_in_a_pool_that_is_closed_gets_an_error(models):
+    """In the midst, in the queue behind another thread, and in a stream that was begun before."""
+    model = models("deepseek_v3")
+    pool = model.start_multi_process_pool(["cpu"])
+    stream = model.predict_stream(PAIRS, pool=pool)
+    is_scoring, errors = threading.Event(), []
+
+    def pairs():
+        for pair in PAIRS * 100:
+            yield pair
+            is_scoring.set()
+
+    def score():
+        try:
+            model.predict(pairs(), pool=pool)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=score, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    is_scoring.wait()
+    pool.close()
+    pool.close()
+    for thread in threads:
+        thread.join(30)
+    assert errors == ["The pool was closed before all pairs had their scores: start a new one."] * 3
+    with pytest.raises(RuntimeError, match="The pool was closed"):
+        next(stream)
+
+
 def test_what_cannot_be_sent_is_an_error(models):
     model = copy.deepcopy(models("deepseek_v3"))
     model.register_forward_hook(lambda *_: None)
