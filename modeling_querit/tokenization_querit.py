@@ -107,7 +107,7 @@ class QueritTokenizer(PreTrainedTokenizerFast):
         self, text: Any, text_pair: Any = None, instruction: str | Sequence[str] | None = None, **kwargs: Any
     ) -> BatchEncoding:
         is_batch = isinstance(text, list | tuple)
-        pairs = _as_pairs(text, text_pair)
+        pairs = _as_pairs(text, text_pair, is_split=kwargs.get("is_split_into_words", False))
         limit = kwargs.get("max_length") if _truncates(kwargs) else None
         if pairs is not None:
             _check_pair_options(kwargs)
@@ -192,15 +192,24 @@ def make_tokenizer(
     return tokenizer
 
 
-def _as_pairs(text: Any, text_pair: Any) -> list[Pair] | None:
+def _as_pairs(text: Any, text_pair: Any, *, is_split: bool) -> list[Pair] | None:
     """Return the pairs among the arguments of a tokenizer; None if these are single texts.
 
+    Args:
+        text: First argument of the tokenizer.
+        text_pair: Second argument of the tokenizer.
+        is_split: Whether single texts are lists of words.
+
     Raises:
-        TypeError: if the numbers of queries and documents differ, or one of the two is a list alone.
+        TypeError: if the numbers of queries and documents differ, one of the two is a list alone, or only some texts
+            are pairs.
     """
     if text_pair is None:
-        is_pairs = isinstance(text, list | tuple) and text and all(_is_pair(element) for element in text)
-        return [(query, document) for query, document in text] if is_pairs else None
+        if is_split or not isinstance(text, list | tuple) or not any(map(_is_pair, text)):
+            return None
+        if not all(map(_is_pair, text)):
+            raise TypeError("Only some of the texts are (query, document) pairs: give pairs, or single texts.")
+        return [(query, document) for query, document in text]
     if isinstance(text, list | tuple) != isinstance(text_pair, list | tuple):
         raise TypeError(f"{describe(text)} with {describe(text_pair)}: give a query and a document, or a list of each.")
     if not isinstance(text, list | tuple):

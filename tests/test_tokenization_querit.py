@@ -230,11 +230,19 @@ def test_tokens_that_are_added_count_in_pairs(portable_folder_tiny):
         (lambda encode: encode("q", ["d"]), "a list of each"),
         (lambda encode: encode(["q"], "d"), "a list of each"),
         (lambda encode: encode("q", 3), "A document is a string"),
+        (lambda encode: encode([("q", "d"), "q"]), "Only some of the texts are"),
+        (lambda encode: encode([("q", "d"), ("q", "d", "d")]), "Only some of the texts are"),
     ],
 )
 def test_what_pairs_cannot_do_is_said(portable_tiny, call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call(portable_tiny)
+
+
+def test_two_words_are_no_pair(portable_tiny):
+    words = [["who", "wrote"], ["the", "judge"]]
+    rows = portable_tiny(words, is_split_into_words=True)["input_ids"]
+    assert rows == [portable_tiny(row, is_split_into_words=True)["input_ids"] for row in words]
 
 
 @pytest.mark.parametrize("tensors", [None, "pt"])
