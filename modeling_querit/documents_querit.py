@@ -89,7 +89,8 @@ def document_id(document: Any) -> Any:
     if _is_pair_with_id(document):
         return document[0]
     if isinstance(document, Mapping):
-        return document.get("_id", document.get("id"))
+        identifier = document.get("_id")
+        return document.get("id") if identifier is None else identifier
     library = _library_of(document)
     return None if library is None else getattr(document, library.id_attribute, None)
 

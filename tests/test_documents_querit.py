@@ -24,6 +24,7 @@ KINDS = {
     "no title": ({"title": None, "text": TEXT, "id": 7}, TEXT, 7),
     "BEIR": ({"_id": "d1", "title": "", "text": TEXT, "metadata": {}}, TEXT, "d1"),
     "two ids": ({"_id": "d1", "id": "other", "text": TEXT}, TEXT, "d1"),
+    "row of a table": ({"_id": None, "id": 0, "text": TEXT}, TEXT, 0),
     "another mapping": (UserDict(id="d2", text=TEXT), TEXT, "d2"),
     "tuple": (("d3", TEXT), TEXT, "d3"),
     "list": ([4, TEXT], TEXT, 4),
