@@ -79,6 +79,9 @@ def rank_documents(
         raise TypeError(f"query is {describe(query)}: give one string.")
     if isinstance(documents, str | bytes | Mapping) or not isinstance(documents, Iterable):
         raise TypeError(f"documents is {describe(documents)}: give a list of documents.")
+    if hasattr(documents, "columns"):
+        # A table of pandas is an iterable of the names of its columns.
+        raise TypeError(f"documents is a table ({type(documents).__name__}): give a list of its texts, or of its rows.")
     top_k = check_count("top_k", top_k)
     probability = probability_of(model.config) if as_probability else None
     total = len(documents) if isinstance(documents, Sized) else None

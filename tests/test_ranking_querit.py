@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 import tiny
 import torch
@@ -420,6 +421,7 @@ def test_a_list_of_instructions_is_refused(model):
         ({"query": None}, TypeError, "query is NoneType None"),
         ({"documents": 5}, TypeError, "documents is int 5"),
         ({"documents": b"a text"}, TypeError, "documents is bytes"),
+        ({"documents": pandas.DataFrame({"text": ["a"]})}, TypeError, "documents is a table (DataFrame)"),
     ],
 )
 def test_arguments_of_other_types_are_named_before_anything_is_read(models, arguments, error, words):
