@@ -207,8 +207,12 @@ def skip_torchao(model: str) -> None:
 
 
 def print_ranking_json(model: str, ranking: Sequence[RankedDocument]) -> None:
-    """Print a ranking as JSON: `{"model", "results": [{"index", "score", "document"}]}`."""
-    say_json({"model": model, "results": [ranked._asdict() for ranked in ranking]})
+    """Print a ranking as JSON: `{"model", "results": [{"index", "score", "document"}]}`, `id` where there is one."""
+    say_json({"model": model, "results": [_with_id(ranked) for ranked in ranking]})
+
+
+def _with_id(ranked: RankedDocument) -> dict[str, Any]:
+    return ranked._asdict() | ({} if ranked.id is None else {"id": ranked.id})
 
 
 def print_ranking(query: str, ranking: Sequence[RankedDocument]) -> None:

@@ -52,7 +52,11 @@ def test_jsonl_rows_are_returned_whole(querit, model, saved_folder, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     _, out, _ = rerank(querit, saved_folder, "--json", str(path))
-    assert json.loads(out)["results"] == expected_of(model, rows)
+    results = json.loads(out)["results"]
+    assert [result.pop("id", None) for result in results] == [
+        "7" if result["document"] == rows[0] else None for result in results
+    ]
+    assert results == expected_of(model, rows)
 
 
 @pytest.mark.parametrize("text", ["a novel\nx\n", '{"text": "a novel"}\n{"text": "x"}\n', "\ufeffa novel\r\nx\r\n"])
