@@ -35,11 +35,14 @@ def listen(settings: ServerSettings) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise ValueError(
-            f"Cannot listen at {settings.host}, port {settings.port} ({error.strerror}): "
-            "name others by --host and --port."
-        ) from None
+        raise _cannot_listen(settings, error) from None
     return listener
+
+
+def _cannot_listen(settings: ServerSettings, error: OSError) -> ValueError:
+    return ValueError(
+        f"Cannot listen at {settings.host}, port {settings.port} ({error.strerror}): name others by --host and --port."
+    )
 
 
 def address_of(listener: socket.socket) -> str:
@@ -79,6 +82,11 @@ def serve(load: Callable[[], QueritForSequenceRanking], settings: ServerSettings
     """
     with closing(listen(settings)) as listener:
         server = make_server(load(), settings)
+        try:
+            # Several servers may bind an address while their models load; only the first one listens there.
+            listener.listen()
+        except OSError as error:
+            raise _cannot_listen(settings, error) from None
         if threading.current_thread() is threading.main_thread():
             # uvicorn repeats the signal when all is done: SIGTERM then ends the process with code 0.
             signal.signal(signal.SIGTERM, lambda number, frame: None)

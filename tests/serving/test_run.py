@@ -6,7 +6,7 @@ import sys
 import httpx
 import pytest
 
-from modeling_querit.serving.run import address_of, listen
+from modeling_querit.serving.run import address_of, listen, serve
 from modeling_querit.serving.settings import ServerSettings
 
 
@@ -18,6 +18,19 @@ def test_an_address_in_use_is_refused_before_a_model_is_loaded(querit):
     assert err == (
         f"querit: Cannot listen at 127.0.0.1, port {port} (Address already in use): name others by --host and --port.\n"
     )
+
+
+def test_a_server_that_took_the_address_meanwhile_is_said(served_model):
+    """Both bind it before either has loaded its model."""
+    with listen(ServerSettings(port=0)) as other:
+        settings = ServerSettings(port=other.getsockname()[1])
+
+        def load():
+            other.listen()
+            return served_model
+
+        with pytest.raises(ValueError, match=r"Cannot listen at 127\.0\.0\.1, port \d+ \(Address already in use\)"):
+            serve(load, settings, print)
 
 
 @pytest.mark.parametrize(("host", "prefix"), [("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
