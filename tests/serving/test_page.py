@@ -96,9 +96,15 @@ def test_a_file_is_dropped_and_an_error_shown(browser, find, wait, address, tmp_
     browser.get(address)
     find("#file").send_keys(str(path))
     wait(lambda: find("#count").text == "2 documents")
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n\0\xff")
+    find("#file").send_keys(str(picture))
+    wait(lambda: "picture.png is not a text file" in find("#error").text)
+    assert find("#count").text == "2 documents"
     find("#query").send_keys(tiny.QUERY)
     find("#submit").click()
     wait(lambda: len(texts(browser, "#results li")) == 2)
+    assert not find("#error").is_displayed()
     assert texts(browser, "#results .title") == ["The book"]
     find("summary").click()
     find("#instruction").send_keys("the judge wrote a book " * 60)

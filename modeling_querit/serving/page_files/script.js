@@ -64,8 +64,15 @@ function showCount() {
 
 async function readFile(file) {
   if (!file) return;
-  $("documents").value = await file.text();
-  showCount();
+  try {
+    const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
+    if (text.includes("\0")) throw new Error("binary");
+    $("documents").value = text;
+    $("error").hidden = true;
+    showCount();
+  } catch {
+    showError(`${file.name} is not a text file in UTF-8: save its texts as one, one per line.`);
+  }
 }
 
 // --- server ----------------------------------------------------------------------------------------------------------
