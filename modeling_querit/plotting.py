@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +30,14 @@ def new_plot(width: float, height: float, layout: Literal["constrained"] | None 
 
 
 def save_plot(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG, atomically."""
-    with atomic_write(path) as temporary:
+    """Write a figure as PNG, atomically, with all texts as they are: names with dollars are no formulas."""
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
+    with atomic_write(path) as temporary, rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        # Characters that the font lacks are drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph")
+        # The labels of ticks are made only now, those of axes and legends exist already.
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
         figure.savefig(temporary, format="png", dpi=120)

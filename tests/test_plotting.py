@@ -54,3 +54,16 @@ def test_no_display_is_needed_and_no_figure_stays_open(tmp_path, monkeypatch):
     save_plot(figure, tmp_path / "figure.png")
     assert isinstance(figure.canvas, FigureCanvasAgg)
     assert matplotlib.pyplot.get_fignums() == []
+
+
+@pytest.mark.parametrize("name", ["m$x_{$", "$\\frac$", "\x1b[2J", "\u77e5"])
+def test_names_are_drawn_as_they_are(tmp_path, name, recwarn):
+    """Of models, collections and languages, which others choose: matplotlib reads what is between dollars as TeX."""
+    figure = new_plot(2, 1)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], label=name)
+    axes.set_title(name)
+    axes.set_yticks([0, 1], [name, "other"])
+    axes.legend()
+    save_plot(figure, tmp_path / "figure.png")
+    assert not recwarn
