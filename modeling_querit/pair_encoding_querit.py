@@ -95,8 +95,15 @@ class PairEncoder:
 
         Raises:
             TypeError: if a query, document or instruction is not text.
-            ValueError: if the counts differ, or an instruction leaves no room for `[CLS]` within `max_length`.
+            ValueError: if the counts differ, an instruction leaves no room for `[CLS]` within `max_length`, or the
+                tokenizer is set to cut words at random.
         """
+        # Of the model, which all copies of a tokenizer share.
+        if getattr(self.backend.model, "dropout", None):
+            raise ValueError(
+                "The tokenizer cuts words at random (BPE dropout), and so would scores be: set "
+                "tokenizer.backend_tokenizer.model.dropout = None."
+            )
         if isinstance(queries, str) or isinstance(documents, str | dict):
             raise TypeError("queries and documents are lists: put a single one in brackets.")
         instructions = (

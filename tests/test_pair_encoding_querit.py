@@ -391,3 +391,17 @@ def test_a_slow_tokenizer_is_an_error():
 
     with pytest.raises(ValueError, match="Slow is not a fast tokenizer"):
         QueritProcessor(Slow())
+
+
+def test_dropout_of_a_tokenizer_is_refused_and_does_not_make_scores_random(tmp_path):
+    processor = QueritProcessor(tiny.make_tokenizer())
+    expected = processor.encode(["who wrote it"], ["a novel"])
+    # What users train other models with; the copies of a tokenizer share its model.
+    processor.tokenizer.backend_tokenizer.model.dropout = 0.5
+    with pytest.raises(ValueError, match=r"BPE dropout.*model\.dropout = None"):
+        processor.encode(["who wrote it"], ["a novel"])
+    processor.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the tokenizer cannot be read .*BPE dropout"):
+        QueritProcessor.from_pretrained(tmp_path)
+    processor.tokenizer.backend_tokenizer.model.dropout = None
+    assert processor.encode(["who wrote it"], ["a novel"]) == expected
