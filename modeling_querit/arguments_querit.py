@@ -35,5 +35,6 @@ def check_count(name: str, value: Any) -> int | None:
 
 def describe(value: Any) -> str:
     """Type and beginning of a value that a user gave, for error messages."""
-    text = repr(value)
+    # Arrays and data frames have several lines.
+    text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
