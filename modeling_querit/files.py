@@ -118,9 +118,21 @@ def _disk_full(path: str | os.PathLike[str], number: int) -> OSError:
 
 
 def write_json(value: Any, path: str | os.PathLike[str]) -> None:
-    """Write a value as indented JSON, atomically; values that JSON does not have are written as strings."""
+    """Write a value as indented JSON, atomically; see `plain_json` for what JSON does not have."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(plain_json(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def plain_json(value: Any) -> Any:
+    """Return a value as it is read back from JSON; what JSON does not have, NaN and infinity too, becomes a string.
+
+    Example:
+        ```python
+        >>> plain_json({"max_grad_norm": math.inf})
+        {'max_grad_norm': 'Infinity'}
+        ```
+    """
+    return json.loads(json.dumps(value, default=str), parse_constant=str)
 
 
 def write_jsonl(rows: Iterable[Any], path: str | os.PathLike[str], default: Callable[[Any], Any] | None = None) -> None:
@@ -132,7 +144,7 @@ def write_jsonl(rows: Iterable[Any], path: str | os.PathLike[str], default: Call
         default: Function that converts values that JSON does not have, as in `json.dumps`.
     """
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_json_line(row, default) for row in rows)
+        file.writelines(json_line(row, default) for row in rows)
 
 
 def read_jsonl(
@@ -334,12 +346,21 @@ def jsonl_sha256(rows: Iterable[Any], default: Callable[[Any], Any] | None = Non
     """Return the SHA-256, in hexadecimal, of the file that `write_jsonl` would write; arguments as there."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(_json_line(row, default).encode("utf-8"))
+        digest.update(json_line(row, default).encode("utf-8"))
     return digest.hexdigest()
 
 
-def _json_line(row: Any, default: Callable[[Any], Any] | None) -> str:
-    return json.dumps(row, ensure_ascii=False, default=default) + "\n"
+def json_line(row: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """Format a row as a line of JSONL; NaN and infinity, which JSON does not have, become null.
+
+    Args:
+        row: The row.
+        default: Function that converts other values that JSON does not have, as in `json.dumps`.
+    """
+    line = json.dumps(row, ensure_ascii=False, default=default)
+    if "NaN" in line or "Infinity" in line:
+        line = json.dumps(json.loads(line, parse_constant=lambda _: None), ensure_ascii=False)
+    return line + "\n"
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

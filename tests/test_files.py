@@ -3,6 +3,7 @@ import errno
 import gzip
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -130,6 +131,15 @@ def test_the_temporary_file_of_a_killed_process_is_overwritten(path):
     write_json([1], path)
     assert json.loads(path.read_text()) == [1]
     assert names(path) == ["metrics.json"]
+
+
+@pytest.mark.parametrize(("value", "text"), [(math.nan, "NaN"), (math.inf, "Infinity"), (-math.inf, "-Infinity")])
+def test_numbers_that_json_does_not_have_are_strings_in_files_and_null_in_rows(path, value, text):
+    write_json({"value": [value, "NaN"]}, path)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"value": [text, "NaN"]}
+    write_jsonl([{"text": "NaN, Infinity", "value": [value, 1.5]}], path)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"text": "NaN, Infinity", "value": [None, 1.5]}
+    assert jsonl_sha256([{"text": "NaN, Infinity", "value": [value, 1.5]}]) == sha256(path)
 
 
 def test_json_is_indented_and_unknown_values_are_strings(path, tmp_path):

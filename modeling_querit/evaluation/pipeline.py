@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from tqdm.auto import tqdm
 from ..cache import key_of
 from ..checkpoints.identity import identity_of
 from ..checkpoints.loading import default_device, load_model
-from ..files import atomic_write, read_json, write_json
+from ..files import atomic_write, plain_json, read_json, write_json
 from ..retrieval.collection import Collection
 from ..retrieval.runs import Run, read_run, write_run
 from .evaluate import FIRST_STAGE, Evaluation, Reranker, evaluate_scores, score_query
@@ -120,7 +119,7 @@ class EvaluationPipeline:
             if self.folder.exists() and any(entry.name != EMBEDDINGS_FOLDER for entry in self.folder.iterdir()):
                 raise FileExistsError(f"{self.folder} holds other files: name another output.")
             return
-        before, now = read_json(path), _as_json(self._record)
+        before, now = read_json(path), plain_json(self._record)
         for part in now:
             if before.get(part) != now[part]:
                 old, new = before.get(part, {}), now[part]
@@ -265,10 +264,6 @@ class EvaluationPipeline:
             for task, score in measure_tasks(model, self.tasks, runs, self.folder / "mteb").items():
                 main_scores[task][name] = score
         return main_scores
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
 
 
 def _file_name(name: str) -> str:

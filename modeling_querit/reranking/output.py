@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from ..files import json_line
 from ..retrieval.fusion import weighted_sum
 from ..retrieval.runs import run_lines
 from .shards import Shards
@@ -71,8 +71,7 @@ def _format(ranked: Ranked, scores: list[float], fuse: Fuse | None, keep: Keep |
     values = [score if is_shown else None for score, is_shown in zip(scores, shown, strict=True)]
     values += [None] * (len(ranked.row["documents"]) - len(values))
     # JSON knows lone surrogates as escape sequences, UTF-8 does not know them at all.
-    line = json.dumps(ranked.row | {"scores": values}, ensure_ascii=False) + "\n"
-    return line.encode("utf-8", "backslashreplace")
+    return json_line(ranked.row | {"scores": values}).encode("utf-8", "backslashreplace")
 
 
 def keep_probable(probability_of: Callable[[float], float], minimum: float) -> Keep:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..environment import environment
-from ..files import sha256
+from ..files import plain_json, sha256
 from .arguments import TrainingSettings, changed_settings
 
 RECORD_FILE = "train.json"
@@ -73,8 +73,8 @@ def _check_same_run(output_dir: Path, record: Record) -> None:
     path = output_dir / RECORD_FILE
     if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(record, default=str))
+    before = plain_json(json.loads(path.read_text(encoding="utf-8")))
+    now = plain_json(record)
     for name in sorted((before["settings"].keys() | now["settings"].keys()) - CHANGEABLE_ON_RESUME):
         old, new = _parsed(before["settings"].get(name)), now["settings"].get(name)
         if old != new:

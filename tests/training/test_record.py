@@ -1,6 +1,7 @@
 """The record of a run, and what it takes to resume one."""
 
 import json
+import math
 
 import pytest
 from small_runs import make_settings
@@ -105,6 +106,15 @@ def test_mappings_that_were_recorded_as_json_text_are_the_same_settings(out, tmp
     record["settings"]["teacher_weights"] = '{"t": 2}'
     (out / "train.json").write_text(json.dumps(record))
     prepare(make_settings(out, resume=True, **settings), out)
+
+
+def test_an_infinite_setting_is_recorded_in_json_and_resumed(begin, out):
+    record = begin(max_grad_norm=math.inf)
+    assert record["settings"]["max_grad_norm"] == "Infinity"
+    write_checkpoint(out)
+    begin(max_grad_norm=math.inf, resume=True)
+    with pytest.raises(ValueError, match="begun with max_grad_norm 'Infinity'"):
+        begin(max_grad_norm=5, resume=True)
 
 
 def test_incomplete_checkpoints_are_passed_over(tmp_path):
