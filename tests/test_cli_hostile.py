@@ -142,6 +142,7 @@ TRAIN = {
     "learning_rate": 1e-4,
     "max_steps": 2,
     "per_device_train_batch_size": 2,
+    "lr_scheduler_type": "cosine_with_min_lr",
     "lr_scheduler_kwargs": {"min_lr": 1e-6},
     "report_to": "none",
     "use_cpu": True,

@@ -17,12 +17,12 @@ from typing import Any, NoReturn, cast
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..files import parse_json
+from ..files import open_file, parse_json
 from ..retrieval.sampling import Bands
 from ..settings_files import read_settings
 from .calibration import METHODS
@@ -101,7 +101,14 @@ class QueritTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         # CPUs compute in bfloat16 too, but the Trainer refuses it there unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        for path in (self.accelerator_config, self.fsdp_config, self.deepspeed):
+            if isinstance(path, str) and os.path.exists(path):
+                # transformers would read a device to its end.
+                open_file(path).close()
         super().__post_init__()
+        if self.torch_compile:
+            # Nothing is compiled yet, but backend and mode are looked up.
+            torch.compile(torch.nn.Identity(), backend=self.torch_compile_backend or "", mode=self.torch_compile_mode)
         check_reports(cast(list[str], self.report_to))
         self._check_losses()
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -110,6 +117,7 @@ class QueritTrainingArguments(TrainingArguments):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate < math.inf:
                 raise ValueError(f"{name} is {rate}: it has to be a number, 0 or above.")
+        self._check_scheduler()
         _check_at_least(1, "max_length", self.max_length)
         config = cast(AcceleratorConfig, self.accelerator_config)
         if config.dispatch_batches is None:
@@ -120,6 +128,19 @@ class QueritTrainingArguments(TrainingArguments):
         """Return the values of the losses' settings by name; None for a setting without a field here."""
         names = {name for loss in LOSSES.values() for name in loss.settings}
         return {name: getattr(self, name, None) for name in sorted(names)}
+
+    def _check_scheduler(self) -> None:
+        """Make the scheduler of learning rates, as the Trainer does once the model is loaded."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        schedule = SchedulerType(self.lr_scheduler_type)
+        # Of flags that are no JSON, transformers keeps the text.
+        keywords = cast(dict[str, Any] | None, self.lr_scheduler_kwargs)
+        try:
+            get_scheduler(schedule, optimizer, 0, 1, keywords)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"lr_scheduler_kwargs is {keywords!r}, which {schedule.value} does not take: {error}"
+            ) from None
 
     def _check_losses(self) -> None:
         select_losses(self.losses)

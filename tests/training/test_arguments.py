@@ -49,7 +49,7 @@ def test_flags_win_over_yaml(tmp_path):
         ("losses", "ranknet", ["ranknet"]),
         ("run_name", 2024, "2024"),
         ("head_learning_rate", None, None),
-        ("lr_scheduler_kwargs", {"num_cycles": 2}, {"num_cycles": 2}),
+        ("liger_kernel_config", {"rope": False}, {"rope": False}),
     ],
 )
 def test_values_become_the_type_of_their_setting(tmp_path, name, value, expected):
@@ -75,6 +75,13 @@ def test_a_tilde_is_the_home_folder(tmp_path):
         ({"lr_scheduler_type": "falling"}, "my settings: falling is not a valid SchedulerType"),
         ({"freeze": "head"}, "my settings: freeze is 'head': choose router or experts"),
         ({"train": []}, "my settings: There is nothing to train on"),
+        ({"lr_scheduler_kwargs": "3.5"}, "my settings: lr_scheduler_kwargs is '3.5', which linear does not take"),
+        ({"lr_scheduler_kwargs": {"a": 1}}, r"lr_scheduler_kwargs is \{'a': 1\}, which linear .*argument 'a'"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs is .*, which cosine_with_min_lr .*min_lr"),
+        ({"torch_compile_mode": "fast"}, "my settings: These settings cannot be used: .*mode=fast"),
+        ({"torch_compile_backend": "fast"}, "my settings: These settings cannot be used: .*fast"),
+        ({"accelerator_config": "/dev/zero"}, "my settings: These settings cannot be used: /dev/zero is a device"),
+        ({"fsdp": True, "fsdp_config": "/dev/zero"}, "my settings: .*/dev/zero is a device"),
         ({"calibration": "{bm25"}, "my settings: calibration is '{bm25'"),
         ({"teacher_weights": "[1]"}, r"my settings: teacher_weights is '\[1\]': .*valid dictionary|give JSON such as"),
     ],
