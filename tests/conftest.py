@@ -1,5 +1,6 @@
 """Options of the suite, and what of it runs where: no network, one thread; the fixtures are in suite_fixtures.py."""
 
+import contextlib
 import gc
 import os
 
@@ -8,7 +9,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tests run side by side, and so do the processes that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import tempfile
+from pathlib import Path
+
 import pytest
+from forked_python import forked_python
 from skips import UnexpectedSkips
 
 
@@ -18,13 +23,23 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: some tests wait for servers and processes."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_configure(config):
     is_worker = hasattr(config, "workerinput")
     # Under pytest-xdist only the process that collects the reports may judge them.
     if config.getoption("--fail-on-skip") and not is_worker:
         config.pluginmanager.register(UnexpectedSkips(), "unexpected-skips")
-    # That process runs no tests, and so needs no models.
-    if is_worker or not config.getoption("numprocesses", None):
+    if not is_worker and config.getoption("numprocesses", None):
+        # This process hands out tests: it needs no models. All workers share a server of `forked_python`.
+        stack = contextlib.ExitStack()
+        config.add_cleanup(stack.close)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        os.environ["QUERIT_FORKED_PYTHON"] = stack.enter_context(forked_python(folder))
+    else:
         config.pluginmanager.import_plugin("suite_fixtures")
 
 

@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: tiny models of both architectures, real tokenizers, commands."""
 
 import copy
+import os
 from pathlib import Path
 
 import forked_python as forking
@@ -37,6 +38,9 @@ def architecture(request):
 @pytest.fixture(scope="session")
 def forked_python(tmp_path_factory):
     """The path of a command that is `python` with its large libraries imported."""
+    if shared := os.environ.get("QUERIT_FORKED_PYTHON"):
+        yield shared
+        return
     with forking.forked_python(tmp_path_factory.mktemp("forked")) as path:
         yield path
 

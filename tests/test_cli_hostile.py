@@ -18,7 +18,7 @@ from modeling_querit.cli import main
 
 # A few in `make check`, many in `make test`.
 # QUERIT_MUTATIONS=500 asks for a long run.
-COUNTS = [10, pytest.param(int(os.environ.get("QUERIT_MUTATIONS", "40")), marks=pytest.mark.slow)]
+COUNTS = [10, pytest.param(int(os.environ.get("QUERIT_MUTATIONS", "30")), marks=pytest.mark.slow)]
 
 NOTHING = "/nowhere/model"
 ROWS = [
