@@ -29,8 +29,8 @@ from modeling_querit.cache import key_of
 from modeling_querit.environment import environment
 from modeling_querit.files import write_json, write_jsonl
 from modeling_querit.training.arguments import settings_from_mapping
-from modeling_querit.training.calibration import Teachers
 from modeling_querit.training.data import read_rows
+from modeling_querit.training.teacher_labels import Teachers
 from modeling_querit.training.train import train
 
 # Name -> folders of documents to adapt to, and splits to measure on.

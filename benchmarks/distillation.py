@@ -31,9 +31,9 @@ from modeling_querit.files import write_json, write_jsonl
 from modeling_querit.retrieval.bm25 import BM25
 from modeling_querit.retrieval.collection import Source
 from modeling_querit.retrieval.sampling import Bands
-from modeling_querit.training.calibration import Teachers
 from modeling_querit.training.data import Row
 from modeling_querit.training.prepare import sample_documents
+from modeling_querit.training.teacher_labels import Teachers
 from modeling_querit.training.train import main as train
 
 BM25_NAME = "bm25"

@@ -252,7 +252,7 @@ def calibrate(
     """
     console.skip_torchao(model)
     console.quiet_libraries()
-    from .training.probabilities import JudgedSources, calibrate_model
+    from .training.calibrate import JudgedSources, calibrate_model
 
     sources = JudgedSources(collection or (), rows or (), depth, judged_only, relevant_from)
     report = calibrate_model(model, sources, method.value, output, lambda: _load(model, device, False), max_length)

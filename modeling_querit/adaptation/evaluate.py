@@ -11,8 +11,8 @@ from ..checkpoints.mini import MINI_NAME
 from ..evaluation.evaluate import FIRST_STAGE, evaluate_scores
 from ..evaluation.first_stages import Candidates, answerable_queries, first_stage_candidates
 from ..retrieval.collection import Collection, Source
-from ..training.calibration import Teachers
 from ..training.distillation import TEACHERS_FILE
+from ..training.teacher_labels import Teachers
 from .candidates import FusedFirstStage, make_first_stages
 from .corpus import CorpusDocument
 from .scoring import score_cache, score_with_teachers

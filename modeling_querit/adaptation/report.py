@@ -14,8 +14,8 @@ import numpy as np
 from ..files import atomic_write, write_json
 from ..markdown import escape
 from ..plotting import new_plot, save_plot
-from ..training.calibration import Teachers
 from ..training.callbacks import PLOT_FILE
+from ..training.teacher_labels import Teachers
 from .evaluate import ADAPTED, GENERAL, evaluate_adaptation
 from .manifest import Counts, StageRecord, summarize
 from .scoring import ScoredRow

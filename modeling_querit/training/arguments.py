@@ -25,9 +25,9 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from ..files import open_file, parse_json
 from ..retrieval.sampling import Bands
 from ..settings_files import read_settings
-from .calibration import METHODS
 from .data import is_collection
 from .losses import LOSSES, select_losses
+from .teacher_labels import METHODS
 
 # What is measured in validation, of each collection and as their mean.
 VALIDATION_METRICS = ("loss", "ndcg_at_10", "mrr_at_10")
@@ -270,8 +270,8 @@ class DataArguments:
     calibration: dict[str, str] | str | None = field(
         default="quantile",
         metadata={
-            "help": f"How teachers' scores become labels: {', '.join(METHODS)}; or by teacher, as JSON: "
-            '{"bm25": "rank"}.'
+            "help": f"How teachers' scores are calibrated to labels in [0, 1]: {', '.join(METHODS)}; or by teacher, as "
+            'JSON: {"bm25": "rank"}. (For probabilities of relevance, see querit calibrate.)'
         },
     )
 

@@ -11,9 +11,9 @@ import torch
 from transformers.trainer_utils import TrainOutput
 
 from .arguments import QueritTrainingArguments
-from .calibration import Teachers
 from .collator import RankingCollator
 from .data import Row
+from .teacher_labels import Teachers
 from .trainer import QueritTrainer
 
 TEACHERS_FILE = "teachers.json"

@@ -9,8 +9,8 @@ from modeling_querit.adaptation.evaluate import evaluate_adaptation
 from modeling_querit.adaptation.teachers import TEACHERS, CrossEncoderTeacher
 from modeling_querit.evaluation.metrics import mean, ndcg
 from modeling_querit.retrieval.bm25 import BM25
-from modeling_querit.training.calibration import Teachers
 from modeling_querit.training.distillation import TEACHERS_FILE
+from modeling_querit.training.teacher_labels import Teachers
 
 DOCUMENTS = {document["_id"]: document for document in make_documents()}
 QUERIES = {f"q{n}": document["title"] for n, document in enumerate(make_documents()[:6])}

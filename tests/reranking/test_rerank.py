@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_no_output(rerank, tmp_path, folder):
 
 
 def test_probable_documents_alone(rerank, querit, tmp_path, saved_folders, models):
-    from modeling_querit.training.probabilities import write_calibration
+    from modeling_querit.training.calibrate import write_calibration
 
     model = shutil.copytree(saved_folders("qwen3"), tmp_path / "model")
     write_calibration(model, {"method": "platt", "slope": 1.0, "intercept": 0.0})

@@ -7,8 +7,8 @@ import pytest
 import torch
 from small_runs import ROWS, make_trainer
 
-from modeling_querit.training.calibration import Calibration, Teachers
 from modeling_querit.training.distillation import DistillationCollator, QueritDistillationTrainer
+from modeling_querit.training.teacher_labels import Calibration, Teachers
 
 SCORED = [
     {"query": row["query"], "documents": row["documents"], "scores": {"a": [9, 1, 5], "b": [0.1, 0.9, None]}}

@@ -1,4 +1,4 @@
-"""Calibration of teachers: scores on any scale become labels in [0, 1], and several teachers are averaged.
+"""Labels from teachers: scores on any scale are calibrated to [0, 1], and several teachers are averaged.
 
 To add a calibration: give it an entry in `METHODS`, with a function that fits it to a teacher's scores and one that
 applies it. The settings of `querit train` and `Teachers` follow.

@@ -19,7 +19,7 @@ from modeling_querit.calibration_querit import logit_difference
 from modeling_querit.checkpoints.convert import LAYOUTS, convert_to_querit
 from modeling_querit.merging.merge import merge_checkpoints
 from modeling_querit.merging.recipe import Recipe
-from modeling_querit.training.probabilities import (
+from modeling_querit.training.calibrate import (
     JudgedScores,
     expected_calibration_error,
     fit,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_querit.training.calibration import METHODS, Calibration, Teachers
+from modeling_querit.training.teacher_labels import METHODS, Calibration, Teachers
 
 SCORES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40)
 
