@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from .methods import METHODS
 from .schedule import Schedule
 
 RECORD_FILE = "merge.json"
+# Most parts of a local path that a public name holds.
+_MAX_PUBLIC_PARTS = 3
 # `querit train` names all its results like this.
 _UNINFORMATIVE_NAMES = ("model", "adapter")
 
@@ -108,7 +111,7 @@ class Recipe:
         write_json({"recipe": self.public(), "parents": parents, **environment()}, folder / RECORD_FILE)
 
     def public(self) -> dict[str, Any]:
-        """Return the fields as JSON values that may be published: paths are cut to the ends that tell them apart."""
+        """Return the fields as JSON values that may be published: local paths are shortened by `public_names`."""
         names = self.public_parent_names
         fields = asdict(self) | {"models": names[-len(self.models) :], "base": names[0] if self.base else None}
         del fields["parents"]
@@ -132,13 +135,16 @@ class Recipe:
 
 
 def public_names(names: Sequence[str]) -> list[str]:
-    """Shorten the paths of folders to their ends, as far as they differ; the names of repositories stay as they are.
+    """Shorten the paths of folders to the last parts that distinguish them; names of repositories are kept.
+
+    Folders that only a longer part of their path would distinguish are numbered, so that no public name tells where on
+    a machine a folder lies.
 
     Args:
         names: Names of folders and repositories.
 
     Returns:
-        The names in the same order; an end of several parts begins with `./`.
+        The names in the same order; one of several parts begins with `./`, and has three of them at most.
 
     Example:
         ```python
@@ -146,17 +152,37 @@ def public_names(names: Sequence[str]) -> list[str]:
         ['law', './tax/model', 'me/reranker']
         ```
     """
-    folders = [Path(name).resolve() if Path(name).is_dir() else None for name in names]
-    return [
-        name if folder is None else _shortest_end(folder, {other for other in folders if other and other != folder})
-        for name, folder in zip(names, folders, strict=True)
-    ]
+    folders = {name: Path(name).resolve() for name in names if Path(name).is_dir()}
+    ends = {folder: _distinguishing_end(folder, {*folders.values()} - {folder}) for folder in folders.values()}
+    public = {folder: end for folder, end in ends.items() if end is not None}
+    repositories = [name for name in names if name not in folders]
+    for folder in ends:
+        if folder not in public:
+            public[folder] = _numbered_end(folder, {*public.values(), *repositories})
+    return [public[folders[name]] if name in folders else name for name in names]
 
 
-def _shortest_end(folder: Path, others: set[Path]) -> str:
-    length = 2 if folder.name in _UNINFORMATIVE_NAMES else 1
-    while length < len(folder.parts) and any(other.parts[-length:] == folder.parts[-length:] for other in others):
-        length += 1
+def _distinguishing_end(folder: Path, others: set[Path]) -> str | None:
+    """Return the shortest end of a path that no other has; None if it would be too long to be published."""
+    shortest = _shortest_length(folder)
+    # Never the whole path, whose first part follows the root.
+    longest = min(_MAX_PUBLIC_PARTS, len(folder.parts) - 2)
+    for length in range(shortest, max(shortest, longest) + 1):
+        if not any(other.parts[-length:] == folder.parts[-length:] for other in others):
+            return _end(folder, length)
+    return None
+
+
+def _numbered_end(folder: Path, taken: set[str]) -> str:
+    end = _end(folder, _shortest_length(folder))
+    return next(name for name in (f"{end}-{number}" for number in itertools.count(1)) if name not in taken)
+
+
+def _shortest_length(folder: Path) -> int:
+    return 2 if folder.name in _UNINFORMATIVE_NAMES else 1
+
+
+def _end(folder: Path, length: int) -> str:
     end = "/".join(part for part in folder.parts[-length:] if part != folder.anchor)
     return end if length == 1 and end not in ("", MINI_NAME) else f"./{end}"
 

@@ -82,6 +82,9 @@ def folders(tmp_path):
         (["a/runs/law", "b/runs/law", "c"], ["./a/runs/law", "./b/runs/law", "c"]),
         (["runs/law", "runs/law"], ["law", "law"]),
         (["runs/mini", "law"], ["./mini", "law"]),
+        # These differ only near the root, where a path names people and machines.
+        (["a/x/y/model", "b/x/y/model", "c"], ["./y/model-1", "./y/model-2", "c"]),
+        (["a/x/y/law", "b/x/y/law", "law-1", "a/x/y/law"], ["law-2", "law-3", "law-1", "law-2"]),
     ],
 )
 def test_folders_are_named_by_the_ends_of_their_paths(folders, names, expected):
