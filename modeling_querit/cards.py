@@ -64,16 +64,16 @@ _LANGUAGE = re.compile(r"^[a-z]{2,3}$|^multilingual$")
 _STUB_SENTENCE = next(line for line in CARD_STUB.splitlines() if "Say here" in line)
 
 
-# What a model passes on to those that are made from it
+# What a model inherits from those that it is made from
 
-# A file with the notice that the terms of a model want passed on.
+# A file with the notice that the licence of a model wants passed on.
 NOTICE_FILE = "NOTICE"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What models made from other models have to state: licence, languages, base models and notices.
+class InheritedMetadata:
+    """Licence, languages, base models and notice files inherited from the models that a model is made from.
 
     Args:
         data: Fields of the front matter of a card.
@@ -95,8 +95,8 @@ class Terms:
         return "\n## Notices\n\n" + "\n\n".join(notices) + "\n" if notices else ""
 
 
-def read_terms(folder: Path) -> Terms:
-    """Read what a model's folder passes on, from the front matter of its card, and its licence and notice files."""
+def read_inherited(folder: Path) -> InheritedMetadata:
+    """Read what models made from a folder inherit: front matter of its card, and its licence and notice files."""
     card, data = folder / "README.md", {}
     if card.is_file():
         with contextlib.suppress(ValueError):
@@ -109,20 +109,20 @@ def read_terms(folder: Path) -> Terms:
     else:
         known.pop("base_model_relation", None)
     paths = sorted(path for path in folder.iterdir() if path.name.startswith(("LICENSE", NOTICE_FILE)))
-    return Terms(known, {path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths})
+    return InheritedMetadata(known, {path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths})
 
 
-def combine_terms(terms: Sequence[Terms]) -> Terms:
-    """Combine what several models pass on: all languages, base models and files; one licence, or the names of all."""
+def combine_inherited(parents: Sequence[InheritedMetadata]) -> InheritedMetadata:
+    """Combine what is inherited from several parents: all languages, base models and files; all licences by name."""
     data: dict[str, Any] = {}
     for key in ("language", "base_model"):
-        values = list(dict.fromkeys(value for model in terms for value in _as_list(model.data.get(key))))
+        values = list(dict.fromkeys(value for parent in parents for value in _as_list(parent.data.get(key))))
         if values:
             data[key] = values[0] if len(values) == 1 else values
-    relations = {model.data["base_model_relation"] for model in terms if "base_model_relation" in model.data}
+    relations = {parent.data["base_model_relation"] for parent in parents if "base_model_relation" in parent.data}
     if relations and "base_model" in data:
         data["base_model_relation"] = "merge" if isinstance(data["base_model"], list) else min(relations)
-    licences = [{key: model.data[key] for key in _LICENCE_KEYS if key in model.data} for model in terms]
+    licences = [{key: parent.data[key] for key in _LICENCE_KEYS if key in parent.data} for parent in parents]
     licences = [licence for index, licence in enumerate(licences) if licence and licence not in licences[:index]]
     if len(licences) == 1:
         data |= licences[0]
@@ -130,13 +130,13 @@ def combine_terms(terms: Sequence[Terms]) -> Terms:
         names = dict.fromkeys(str(licence.get("license_name") or licence["license"]) for licence in licences)
         data |= {"license": "other", "license_name": "-and-".join(names)}
     files: dict[str, str] = {}
-    for model in terms:
-        for name, text in model.files.items():
+    for parent in parents:
+        for name, text in parent.files.items():
             number = 1
             while files.get(_numbered(name, number), text) != text:
                 number += 1
             files[_numbered(name, number)] = text
-    return Terms(data, files)
+    return InheritedMetadata(data, files)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -150,30 +150,30 @@ def _numbered(name: str, number: int) -> str:
 # Cards that are generated
 
 
-def stub_card(name: str, terms: Terms) -> str:
-    """Write a card stub with what the model was made from passes on, for a conversion or a training.
+def stub_card(name: str, inherited: InheritedMetadata) -> str:
+    """Write a card stub with the inherited metadata, for a conversion or a training.
 
     Args:
         name: Name of the model.
-        terms: What its source passes on.
+        inherited: Metadata inherited from its source.
     """
     text = CARD_STUB.split("---\n", 2)[2]
-    front_matter = _card_data(_TAGS, **terms.data).to_yaml()
-    return f"---\n{front_matter}\n---\n{text}" + usage(name) + terms.section
+    front_matter = _card_data(_TAGS, **inherited.data).to_yaml()
+    return f"---\n{front_matter}\n---\n{text}" + usage(name) + inherited.section
 
 
-def merged_card(name: str, recipe: Mapping[str, Any], terms: Terms = Terms()) -> str:
+def merged_card(name: str, recipe: Mapping[str, Any], inherited: InheritedMetadata = InheritedMetadata()) -> str:
     """Write the card of a merged model, which names its parents.
 
     Args:
         name: Name of the merged model.
         recipe: Fields of the recipe, as in `merge.json`.
-        terms: What the parents pass on.
+        inherited: Metadata inherited from the parents.
     """
     parents = [recipe["base"], *recipe["models"]] if recipe["base"] else recipe["models"]
     repositories = list(filter(None, (_repository_of(str(parent)) for parent in parents)))
     base_models = {"base_model": repositories, "base_model_relation": "merge"} if repositories else {}
-    data = _card_data([*_TAGS, "merge"], **{**terms.data, **base_models})
+    data = _card_data([*_TAGS, "merge"], **{**inherited.data, **base_models})
     shown = ("t", "weights", "scale") if recipe["base"] else ("t", "weights")
     settings = [f"{key} {_plain(recipe[key])}" for key in shown if recipe[key]]
     lines = [
@@ -188,10 +188,12 @@ def merged_card(name: str, recipe: Mapping[str, Any], terms: Terms = Terms()) ->
         "this model too.",
         "The method is Querit-Reranker ([arXiv 2606.19037](https://arxiv.org/abs/2606.19037)).",
     ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n\n" + usage(name) + terms.section
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n\n" + usage(name) + inherited.section
 
 
-def seq_cls_card(name: str, architecture: str, source: str, bias: float, terms: Terms = Terms()) -> str:
+def seq_cls_card(
+    name: str, architecture: str, source: str, bias: float, inherited: InheritedMetadata = InheritedMetadata()
+) -> str:
     """Write the card of a model converted to a sequence classifier, which explains its bias.
 
     Args:
@@ -199,10 +201,10 @@ def seq_cls_card(name: str, architecture: str, source: str, bias: float, terms: 
         architecture: Class of transformers that loads it.
         source: Name of the model that was converted.
         bias: Bias of the one logit.
-        terms: What the model passes on.
+        inherited: Metadata inherited from that model.
     """
     repository = _repository_of(source)
-    fields = dict(terms.data)
+    fields = dict(inherited.data)
     if repository:
         fields["base_model"] = repository
     data = _card_data(_TAGS, **fields)
@@ -217,7 +219,7 @@ def seq_cls_card(name: str, architecture: str, source: str, bias: float, terms: 
         "bias": f"{bias:.6g}",
     }.items():
         text = text.replace(f"{{{key}}}", value)
-    return f"---\n{data.to_yaml()}\n---\n\n{text}{terms.section}"
+    return f"---\n{data.to_yaml()}\n---\n\n{text}{inherited.section}"
 
 
 def dropped_calibration(sources: Sequence[Any]) -> str:

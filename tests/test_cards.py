@@ -7,7 +7,14 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from modeling_querit.cards import Terms, combine_terms, merged_card, read_terms, seq_cls_card, stub_card
+from modeling_querit.cards import (
+    InheritedMetadata,
+    combine_inherited,
+    merged_card,
+    read_inherited,
+    seq_cls_card,
+    stub_card,
+)
 from modeling_querit.merging.recipe import Recipe
 
 TAGS = ["reranker", "cross-encoder", "sentence-transformers", "querit"]
@@ -162,36 +169,36 @@ def write_model(folder, front_matter, **files):
 def test_licence_languages_base_model_and_notice_are_passed_on(tmp_path):
     front_matter = "license: gemma\nbase_model: google/gemma\nbase_model_relation: finetune\nlanguage: [de, en]"
     folder = write_model(tmp_path / "model", front_matter, NOTICE="Gemma is provided under its terms.", LICENSE="text")
-    terms = read_terms(folder)
+    inherited = read_inherited(folder)
     for card in (
-        stub_card("new", terms),
-        merged_card("new", recipe("./a", "./b"), terms),
-        seq_cls_card("new", "Gemma3ForSequenceClassification", "mini", 0.0, terms),
+        stub_card("new", inherited),
+        merged_card("new", recipe("./a", "./b"), inherited),
+        seq_cls_card("new", "Gemma3ForSequenceClassification", "mini", 0.0, inherited),
     ):
         data = ModelCard(card).data.to_dict()
         assert (data["license"], data["base_model"], data["language"]) == ("gemma", "google/gemma", ["de", "en"])
         assert data["base_model_relation"] == "finetune"
         assert "Gemma is provided under its terms." in card
-    terms.write(tmp_path)
+    inherited.write(tmp_path)
     assert (tmp_path / "LICENSE").read_text() == "text"
 
 
-def test_the_terms_of_several_models_are_combined(tmp_path):
+def test_what_is_inherited_from_several_models_is_combined(tmp_path):
     first = write_model(tmp_path / "a", "license: gemma\nbase_model: google/gemma\nlanguage: de", NOTICE="one")
     second = write_model(tmp_path / "b", "license: mit\nbase_model: me/base\nlanguage: [en, de]", NOTICE="two")
-    terms = combine_terms([read_terms(first), read_terms(second), read_terms(first)])
-    assert terms.data["license"] == "other"
-    assert terms.data["license_name"] == "gemma-and-mit"
-    assert terms.data["language"] == ["de", "en"]
-    assert terms.data["base_model"] == ["google/gemma", "me/base"]
-    assert terms.files == {"NOTICE": "one", "NOTICE-2": "two"}
-    assert "one\n\ntwo" in terms.section
+    inherited = combine_inherited([read_inherited(first), read_inherited(second), read_inherited(first)])
+    assert inherited.data["license"] == "other"
+    assert inherited.data["license_name"] == "gemma-and-mit"
+    assert inherited.data["language"] == ["de", "en"]
+    assert inherited.data["base_model"] == ["google/gemma", "me/base"]
+    assert inherited.files == {"NOTICE": "one", "NOTICE-2": "two"}
+    assert "one\n\ntwo" in inherited.section
 
 
 @pytest.mark.parametrize("card", ["", "no front matter", "---\n[\n---\n", "---\nbase_model: /home/me/base\n---\n"])
-def test_a_card_without_terms_passes_nothing_on(tmp_path, card):
+def test_nothing_is_inherited_from_an_empty_card(tmp_path, card):
     (tmp_path / "README.md").write_text(card)
-    assert read_terms(tmp_path) == Terms()
+    assert read_inherited(tmp_path) == InheritedMetadata()
 
 
 HOSTILE = '<script>`a`"\n# b'

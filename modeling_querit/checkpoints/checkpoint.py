@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import extract_commit_hash
 
-from ..cards import NOTICE_FILE, Terms, combine_terms, read_terms
+from ..cards import NOTICE_FILE, InheritedMetadata, combine_inherited, read_inherited
 from ..files import atomic_folder
 from ..modeling_querit import QueritForSequenceRanking
 from ..tokenization_querit import EARLIER_TEMPLATE_END, TEMPLATE_END, QueritTokenizer
@@ -53,7 +53,7 @@ class Checkpoint:
         files: Files that the tensors and the config come from, for hashing.
         tokenizer: Tokenizer files, if they are as `save_pretrained` writes them; else empty.
         revision: Commit of the repository, if it comes from the Hub.
-        terms: Licence, languages, base models and notices that it passes on.
+        inherited: Licence, languages, base models and notices that models made from it inherit.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     tokenizer: tuple[Path, ...] = ()
     revision: str | None = None
-    terms: Terms = field(default_factory=Terms)
+    inherited: InheritedMetadata = field(default_factory=InheritedMetadata)
 
     def named_files(self) -> dict[str, Path]:
         """Map file names to files, with the folder's name in front where two are equal (adapters on adapters)."""
@@ -115,10 +115,10 @@ def open_checkpoint(name: str, temporary: Path) -> Checkpoint:
         base = open_base(base_model_of(folder), temporary)
         files = (*base.files, folder / ADAPTER_CONFIG, *folder.glob("*.safetensors"))
         tensors = apply_adapter(folder, base.tensors)
-        terms = combine_terms([read_terms(folder), base.terms])
+        inherited = combine_inherited([read_inherited(folder), base.inherited])
         # The base was calibrated without the adapter.
         base.model.config.calibration = None
-        return Checkpoint(name, base.model, tensors, files, base.tokenizer, _revision_of(folder), terms)
+        return Checkpoint(name, base.model, tensors, files, base.tokenizer, _revision_of(folder), inherited)
     config = read_json_object(folder / CONFIG_FILE)
     # Loading to the meta device checks that every weight is there, in the shape that the config asks for.
     model = QueritForSequenceRanking.from_pretrained(folder, device_map="meta")
@@ -127,7 +127,7 @@ def open_checkpoint(name: str, temporary: Path) -> Checkpoint:
     tokenizer = _tokenizer_files(folder, config)
     paths = {tensor.path for tensor in stored.values()} | {folder / "config.json"}
     return Checkpoint(
-        name, model, _rename_keys(stored), tuple(sorted(paths)), tokenizer, _revision_of(folder), read_terms(folder)
+        name, model, _rename_keys(stored), tuple(sorted(paths)), tokenizer, _revision_of(folder), read_inherited(folder)
     )
 
 
@@ -147,26 +147,26 @@ def open_base(name: str, temporary: Path) -> Checkpoint:
         dtype = parse_dtype(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
         with atomic_folder(folder) as written:
             for path in (ADAPTER if source == BASE_NAME else Path(source)).iterdir():
-                # A card that is there is not replaced by a stub, so that the terms are passed on.
+                # A card that is there is not replaced by a stub, so that its metadata is inherited.
                 if path.name.startswith(("README.md", "LICENSE", NOTICE_FILE)):
                     shutil.copyfile(path, written / path.name)
             load_for_training(source, dtype or torch.float32).save_pretrained(written)
     return open_checkpoint(str(folder), temporary)
 
 
-def terms_of(name: str) -> Terms:
-    """Read what a model passes on to one that is trained from it; a repository is its base model.
+def inherited_from(name: str) -> InheritedMetadata:
+    """Read what a model trained from this one inherits; a repository is its base model.
 
     Raises:
         OSError: as in `resolve_folder`.
     """
     if name == BASE_NAME:
-        return read_terms(ADAPTER)
-    terms = read_terms(resolve_folder(name))
+        return read_inherited(ADAPTER)
+    inherited = read_inherited(resolve_folder(name))
     if name == MINI_NAME or Path(name).is_dir():
-        return terms
+        return inherited
     base_model = {"base_model": name.partition("@")[0], "base_model_relation": "finetune"}
-    return Terms({**terms.data, **base_model}, terms.files)
+    return InheritedMetadata({**inherited.data, **base_model}, inherited.files)
 
 
 def resolve_folder(name: str) -> Path:

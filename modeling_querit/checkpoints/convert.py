@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from ..cards import Terms, dropped_calibration, seq_cls_card, stub_card
+from ..cards import InheritedMetadata, dropped_calibration, seq_cls_card, stub_card
 from ..configuration_querit import ACTIVATION
 from ..files import atomic_folder, check_destination, scratch_folder
 from ..processing_querit import QueritProcessor
@@ -65,9 +65,9 @@ def convert_to_published(source: StrPath, destination: StrPath, dtype: str = "au
     as `head.weight` and `head.bias`, the tokenizer, and nothing else.
 
     Args:
-        source: As in `convert_to_querit`.
-        destination: As in `convert_to_querit`.
-        dtype: As in `convert_to_querit`.
+        source: Checkpoint to convert, as in `convert_to_querit`.
+        destination: New folder, as in `convert_to_querit`.
+        dtype: Data type of the written weights, as in `convert_to_querit`.
 
     Raises:
         OSError, ValueError: as in `convert_to_querit`.
@@ -84,8 +84,8 @@ def convert_to_seq_cls(source: StrPath, destination: StrPath, dtype: str = "auto
     of a pair, with the roles `query` and `document`.
 
     Args:
-        source: As in `convert_to_querit`.
-        destination: As in `convert_to_querit`.
+        source: Checkpoint to convert, as in `convert_to_querit`.
+        destination: New folder, as in `convert_to_querit`.
         dtype: Data type of the weights other than the head, as in `convert_to_querit`.
 
     Raises:
@@ -145,17 +145,17 @@ def _write_querit(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | Non
     config = copy.deepcopy(checkpoint.model.config)
     config.dtype = config.text_config.dtype = dtype or checkpoint.tensors["score.weight"].dtype
     config.save_pretrained(folder)
-    _write_terms(checkpoint, folder)
+    _write_inherited(checkpoint, folder)
     write_code_files(checkpoint.model, folder)
     checkpoint.write_tokenizer(folder)
 
 
-def _write_terms(checkpoint: Checkpoint, folder: Path, note: str = "") -> None:
+def _write_inherited(checkpoint: Checkpoint, folder: Path, note: str = "") -> None:
     """Write a card with what the checkpoint passes on and a note, and its licence and notice files, if there is one."""
-    if checkpoint.terms != Terms() or note:
-        card = stub_card(folder.name, checkpoint.terms) + note
+    if checkpoint.inherited != InheritedMetadata() or note:
+        card = stub_card(folder.name, checkpoint.inherited) + note
         (folder / "README.md").write_text(card, encoding="utf-8")
-        checkpoint.terms.write(folder)
+        checkpoint.inherited.write(folder)
 
 
 def _write_published(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
@@ -171,7 +171,7 @@ def _write_published(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | 
     }
     _write_config(config, folder)
     model.processor.generic_tokenizer().save_pretrained(folder)
-    _write_terms(checkpoint, folder, dropped_calibration([model.config]))
+    _write_inherited(checkpoint, folder, dropped_calibration([model.config]))
 
 
 def _write_seq_cls(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
@@ -182,10 +182,10 @@ def _write_seq_cls(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | No
     for name, content in SENTENCE_TRANSFORMERS_FILES.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     bias = head["score.bias"].tensor.item()
-    card = seq_cls_card(folder.name, architecture, checkpoint.name, bias, checkpoint.terms)
+    card = seq_cls_card(folder.name, architecture, checkpoint.name, bias, checkpoint.inherited)
     card += dropped_calibration([checkpoint.model.config])
     (folder / "README.md").write_text(card, encoding="utf-8")
-    checkpoint.terms.write(folder)
+    checkpoint.inherited.write(folder)
     _write_tokenizer_with_code(checkpoint.model.processor, folder)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..cards import combine_terms, dropped_calibration, merged_card
+from ..cards import combine_inherited, dropped_calibration, merged_card
 from ..checkpoints.checkpoint import Checkpoint, check_trained, has_untrained_head, open_base, open_checkpoint
 from ..checkpoints.safetensors_io import (
     TensorSpec,
@@ -42,7 +42,7 @@ def merge_checkpoints(
     written atomically: it appears complete, or not at all.
 
     Args:
-        recipe: What to merge, and how.
+        recipe: Models, method and coefficients.
         destination: Folder that does not exist yet, or is empty.
         max_shard_size: Maximum size of a weight file in bytes, or a text such as "5GB".
         show_progress_bar: Whether to show progress; by default only on a terminal.
@@ -129,11 +129,11 @@ class Merger:
             self._provenance(recipe)
         dtype = self._write_weights(folder, recipe, max_shard_size, show_progress_bar)
         recipe.save(folder, self._provenance(recipe))
-        terms = combine_terms([parent.terms for parent in self.parents])
-        card = merged_card(folder.name, recipe.public(), terms)
+        inherited = combine_inherited([parent.inherited for parent in self.parents])
+        card = merged_card(folder.name, recipe.public(), inherited)
         card += dropped_calibration([parent.model.config for parent in self.parents])
         (folder / "README.md").write_text(card, encoding="utf-8")
-        terms.write(folder)
+        inherited.write(folder)
         first = self.models[0].model
         config = copy.deepcopy(first.config)
         # The merged model scores otherwise.

@@ -39,10 +39,10 @@ class QueritTrainingArguments(TrainingArguments):
 
     Args:
         losses: Names of the losses, each `NAME`, `NAME:score` or `NAME:logit`: what the loss is computed on.
-        loss_weights: Factors of the losses in their sum; 1 each by default.
+        loss_weights: Weights of the losses in their sum; all 1 by default.
         margin_scale: Margin per unit of label difference, for `pairwise_hinge` (0.8 by default) and `margin_mse` (1).
         emphasis: Share of a query's list, from the top, in which `pairwise_hinge` doubles margins; in [0, 1].
-        temperature: Label difference that `listwise_kl` counts as a factor of e.
+        temperature: Temperature of the softmax over labels in `listwise_kl` (0.1 by default).
         head_learning_rate: Learning rate of the ranking head; `learning_rate` by default. The head sees large hidden
             states (Gemma 3: rms 4 over 640 values), and Adam's step does not shrink with the gradient.
         max_length: Maximum number of tokens per pair, `[CLS]` included, in training; longer documents are truncated.
@@ -55,10 +55,13 @@ class QueritTrainingArguments(TrainingArguments):
 
     losses: list[str] = field(
         default_factory=lambda: ["pairwise_hinge"],
-        metadata={"help": f"Losses, added up, each NAME, NAME:score or NAME:logit: {', '.join(LOSSES)}."},
+        metadata={
+            "help": "Losses to add up, each as NAME, or NAME:score or NAME:logit for what it is computed on (the "
+            f"bounded score or the logit difference): {', '.join(LOSSES)}."
+        },
     )
     loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "Factors of the losses in their sum; 1 each by default."}
+        default=None, metadata={"help": "Weights of the losses in their sum; all 1 by default."}
     )
     margin_scale: float | None = field(
         default=None,
@@ -66,12 +69,10 @@ class QueritTrainingArguments(TrainingArguments):
     )
     emphasis: float | None = field(
         default=None,
-        metadata={
-            "help": "Share of a query's list, from the top, in which pairwise_hinge doubles margins (published: 0.3)."
-        },
+        metadata={"help": "Top fraction of a query's list in which pairwise_hinge doubles margins (published: 0.3)."},
     )
     temperature: float | None = field(
-        default=None, metadata={"help": "Label difference that listwise_kl counts as a factor of e (0.1)."}
+        default=None, metadata={"help": "Temperature of the softmax over labels in listwise_kl (0.1)."}
     )
     head_learning_rate: float | None = field(
         default=None,
@@ -82,7 +83,7 @@ class QueritTrainingArguments(TrainingArguments):
     )
     packing: bool = field(
         default=True,
-        metadata={"help": "Pack the pairs of a batch end to end, without padding, each query's shared prefix once."},
+        metadata={"help": "Pack the pairs of a batch without padding, and compute each query's shared prefix once."},
     )
     logging_steps: float = field(
         default=10, metadata={"help": "Steps between two logs, and between two checks of the run's health."}
@@ -189,7 +190,7 @@ class ModelArguments:
         default=0.0,
         metadata={
             "help": "Step by which the routing biases of a mixture of experts move to balance the load (DeepSeek-V3: "
-            "0.001); 0 leaves them."
+            "0.001); 0 disables it."
         },
     )
 
@@ -230,34 +231,39 @@ class DataArguments:
     middle: int = field(default=0, metadata={"help": "Negatives per query from the middle of that ranking."})
     random: int = field(default=1, metadata={"help": "Negatives per query from all other documents."})
     top_depth: int = field(default=30, metadata={"help": "Rank at which the top of a ranking ends."})
-    depth: int = field(default=100, metadata={"help": "Rank at which the ranking ends."})
+    depth: int = field(default=100, metadata={"help": "Rank at which the middle of a ranking ends."})
     sample_rows: bool = field(
         default=False,
         metadata={
-            "help": "Sample the documents of rows by the same bands; rows are in a first stage's order, and documents "
-            "with a label above 0 all stay."
+            "help": "Sample the documents of given rows by the same bands, which takes their order as the ranking; "
+            "documents with a label above 0 are all kept."
         },
     )
     encoder: str | None = field(
         default=None, metadata={"help": "A sentence-transformers model as first stage for negatives, instead of BM25."}
     )
-    guard: str | None = field(
+    false_negative_filter: str | None = field(
         default=None,
-        metadata={"help": "A reranker that drops false negatives: those it scores above the positive."},
+        metadata={
+            "help": "Reranker that filters mined negatives: those it does not score below the positive are dropped, as "
+            "they may be relevant."
+        },
     )
-    guard_margin: float = field(
-        default=0.0, metadata={"help": "How far below the positive, in the guard's score, a negative has to be."}
+    false_negative_margin: float = field(
+        default=0.0,
+        metadata={"help": "Keep a negative only if the filter model scores it below the positive by more than this."},
     )
     easy_first: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the rows mined from BEIR folders, at the start, whose negatives are all random. With "
-            "--train_sampling_strategy sequential the model sees them first, and learns to match topics sooner."
+            "help": "Fraction of the rows mined from BEIR folders, the first ones, whose negatives are all random. "
+            "With --train_sampling_strategy sequential the model sees them first, and learns to match topics sooner."
         },
     )
     limit: int | None = field(default=None, metadata={"help": "Maximum number of queries taken from a BEIR folder."})
-    max_chars: int | None = field(
-        default=None, metadata={"help": "Longest positive, in characters, taken from a BEIR folder."}
+    max_positive_chars: int | None = field(
+        default=None,
+        metadata={"help": "Discard positives longer than this many characters when mining a collection."},
     )
     validation_depth: int = field(
         default=20,
@@ -281,7 +287,7 @@ class DataArguments:
             self.teacher_weights = _parse_json("teacher_weights", self.teacher_weights, example={"bm25": 1})
         if isinstance(self.calibration, str) and self.calibration.startswith("{"):
             self.calibration = _parse_json("calibration", self.calibration, example={"bm25": "rank"})
-        for name in ("limit", "max_chars", "validation_depth"):
+        for name in ("limit", "max_positive_chars", "validation_depth"):
             _check_at_least(1, name, getattr(self, name))
         # Raises for bands that draw nothing.
         _ = self.bands
@@ -301,7 +307,7 @@ class RunArguments:
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Stop after so many validations in a row without a better metric_for_best_model."},
+        metadata={"help": "Stop after this many validations in a row without a better metric_for_best_model."},
     )
     stop_on_collapse: bool = field(
         default=True,
@@ -343,9 +349,9 @@ class TrainingSettings:
     """All settings of one training run, checked against each other when it is made.
 
     Args:
-        model_args: Which model is trained, and which of its weights.
-        data_args: What it is trained and validated on.
-        run_args: When the run resumes and when it stops.
+        model_args: Model to train, and the weights of it that are trained.
+        data_args: Data for training and validation.
+        run_args: Conditions under which the run resumes and stops.
         training_args: Losses, batches, learning rates, and everything else of transformers' `Trainer`.
 
     Raises:
@@ -433,7 +439,7 @@ def settings_from_mapping(mapping: Mapping[str, Any], where: str) -> TrainingSet
 
     Args:
         mapping: Values by the name of the setting; None leaves the default.
-        where: Where the mapping comes from, for error messages.
+        where: Origin of the mapping, for error messages.
 
     Raises:
         ValueError: if a setting is unknown, not of its type, or contradicts another; the message begins with `where`.

@@ -33,9 +33,9 @@ class JudgedSources:
     Args:
         collections: Splits of collections in the BEIR layout, `FOLDER:SPLIT`.
         rows: Files of rows with `query`, `documents` and `labels`.
-        depth: Candidates of a query by BM25, for which the collection lists none.
-        judged_only: Whether the judged documents of a collection are taken, not its candidates, of which those that
-            nobody has judged count as not relevant.
+        depth: Candidates per query, from BM25, if the collection lists none.
+        judged_only: Whether only judged documents are used; otherwise all candidates are, and unjudged ones count as
+            not relevant.
         relevant_from: Lowest grade or label of a relevant document.
 
     Raises:
@@ -180,7 +180,7 @@ def expected_calibration_error(values: np.ndarray, is_relevant: np.ndarray, bins
 
     Args:
         values: Probabilities, (pairs,).
-        is_relevant: What is true, (pairs,).
+        is_relevant: True relevance of each pair, bool, (pairs,).
         bins: Number of bins.
 
     Example:
@@ -219,7 +219,7 @@ def held_out_probabilities(judged: JudgedScores, method: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What a calibration changes, measured on the queries that it was not fitted on.
+    """A calibration, and its errors measured by cross-validation over queries.
 
     Args:
         calibration: The calibration, fitted on all queries.

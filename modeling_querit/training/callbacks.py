@@ -63,7 +63,7 @@ class HealthCallback(TrainerCallback):
     every `logging_steps`. Why it stopped a run, and what to change, is in `diagnosis` and in the log.
 
     Args:
-        thresholds: When the run counts as collapsed.
+        thresholds: Limits beyond which a run counts as collapsed.
 
     Example:
         ```python

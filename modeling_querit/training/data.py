@@ -30,7 +30,7 @@ class Row(TypedDict, total=False):
         labels: One number per document: 0 and 1, grades, or a teacher's scores in [0, 1].
         scores: Scores by name of the teacher, one number per document on any scale; None where it was not asked.
         instruction: Task in one sentence; the default instruction if missing or None.
-        source: Where the row comes from, such as `COLLECTION/QUERY_ID`.
+        source: Origin of the row, such as `COLLECTION/QUERY_ID`.
         positive: Index of the document that the query was written for, if it was generated.
     """
 

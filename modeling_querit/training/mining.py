@@ -18,11 +18,11 @@ def mine_rows(
     *,
     bands: Bands | None = None,
     retriever: Retriever | None = None,
-    guard: Reranker | None = None,
-    guard_margin: float = 0.0,
+    false_negative_filter: Reranker | None = None,
+    false_negative_margin: float = 0.0,
     easy_first: float = 0.0,
     limit: int | None = None,
-    max_chars: int | None = None,
+    max_positive_chars: int | None = None,
     seed: int = 0,
 ) -> list[Row]:
     """Mine one row per query: a document judged relevant, and negatives drawn from bands of the query's ranking.
@@ -32,13 +32,14 @@ def mine_rows(
 
     Args:
         collection: Collection to mine; queries without a relevant document give no row.
-        bands: How many negatives are drawn from which ranks; by default 2 of the first 30 and 1 of the rest.
+        bands: Numbers of negatives to draw from parts of a ranking; by default 2 of the first 30 and 1 of the rest.
         retriever: First stage; BM25 over the collection by default.
-        guard: Reranker that filters out false negatives: those it scores above the positive less `guard_margin`.
-        guard_margin: Margin on the guard's scale.
+        false_negative_filter: Reranker whose scores decide which negatives are kept; by default all are.
+        false_negative_margin: Distance below the positive's score that a negative's score must exceed to be kept.
         easy_first: Share of the rows, the first ones, whose negatives are all random: a start for an untrained model.
         limit: Maximum number of queries, drawn at random; all by default.
-        max_chars: Longest positive in characters; in longer ones the answer may lie beyond the model's limit.
+        max_positive_chars: Maximum number of characters of a positive; longer ones are discarded, since the answer may
+            lie beyond the model's limit.
         seed: Seed of all draws.
 
     Returns:
@@ -47,7 +48,7 @@ def mine_rows(
     bands = bands or Bands()
     easy_bands = Bands(top=0, random=bands.size)
     rng = random.Random(f"{seed}/{collection.name}")
-    positives = _best_documents(collection, max_chars)
+    positives = _best_documents(collection, max_positive_chars)
     queries = rng.sample(sorted(positives), len(positives))[:limit]
     rankings = _rankings(collection, queries, bands.depth, retriever)
     all_documents = sorted(collection.documents)
@@ -57,8 +58,8 @@ def mine_rows(
         ranked = [document for document in rankings[query] if document not in relevant]
         excluded = relevant.union(ranked)
         positive = rng.choice(positives[query])
-        if guard is not None:
-            ranked = _below_positive(collection, query, positive, ranked, guard, guard_margin)
+        if false_negative_filter is not None:
+            ranked = _below_positive(collection, query, positive, ranked, false_negative_filter, false_negative_margin)
         unranked = [document for document in all_documents if document not in excluded]
         if number < easy_first * len(queries):
             negatives = easy_bands.draw([], unranked or ranked, rng)
@@ -106,12 +107,12 @@ def _make_row(collection: Collection, query: str, labels: dict[str, int]) -> Row
 
 
 def _below_positive(
-    collection: Collection, query: str, positive: str, ranked: list[str], guard: Reranker, margin: float
+    collection: Collection, query: str, positive: str, ranked: list[str], scorer: Reranker, margin: float
 ) -> list[str]:
-    """Return the documents of a ranking that the guard scores below the positive by more than the margin."""
-    # As text: a guard need not know titles.
+    """Return the documents of a ranking that a model scores below the positive by more than the margin."""
+    # As text: the model need not know titles.
     texts = [document_text(dict(collection.documents[name])) for name in (positive, *ranked)]
-    scores = guard.predict([(collection.queries[query], text) for text in texts])
+    scores = scorer.predict([(collection.queries[query], text) for text in texts])
     best, *others = (float(score) for score in scores)
     return [name for name, score in zip(ranked, others, strict=True) if score < best - margin]
 

@@ -146,7 +146,7 @@ def training_rows(args: DataArguments, seed: int, rejects: Rejects) -> list[Row]
     """Read rows of files and tables in their order, then mine rows from collections, evenly interleaved."""
     rows: list[Row] = []
     mined: list[tuple[float, Row]] = []
-    guard = _load_guard(args.guard)
+    false_negative_filter = _load_filter(args.false_negative_filter)
     for source in args.train:
         if not is_collection(source):
             rows += stream_rows([source], args, seed, rejects)
@@ -156,11 +156,11 @@ def training_rows(args: DataArguments, seed: int, rejects: Rejects) -> list[Row]
             collection,
             bands=args.bands,
             retriever=_make_retriever(args.encoder, collection),
-            guard=guard,
-            guard_margin=args.guard_margin,
+            false_negative_filter=false_negative_filter,
+            false_negative_margin=args.false_negative_margin,
             easy_first=args.easy_first,
             limit=args.limit,
-            max_chars=args.max_chars,
+            max_positive_chars=args.max_positive_chars,
             seed=seed,
         )
         logger.info("%s: %d queries.", source, len(collection_rows))
@@ -255,7 +255,7 @@ def _make_retriever(encoder: str | None, collection: Collection) -> Retriever:
     return DenseIndex(collection.documents, load_encoder(encoder))
 
 
-def _load_guard(name: str | None) -> Reranker | None:
+def _load_filter(name: str | None) -> Reranker | None:
     if name is None:
         return None
     from ..checkpoints.loading import load_model

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from ..cards import Terms, stub_card
-from ..checkpoints.checkpoint import terms_of
+from ..cards import InheritedMetadata, stub_card
+from ..checkpoints.checkpoint import inherited_from
 from ..checkpoints.loading import check_for_training, load_for_training
 from ..console import is_terminal, say
 from ..files import explain_full_disk
@@ -172,18 +172,18 @@ def _save(trainer: QueritTrainer, processor: QueritProcessor, model_args: ModelA
             trained.save_pretrained(output_dir / ADAPTER_FOLDER)
             trained = trained.merge_and_unload()
         trained.processor = processor
-        _write_terms(model_args.model, output_dir / MODEL_FOLDER)
+        _write_inherited(model_args.model, output_dir / MODEL_FOLDER)
         trained.save_pretrained(output_dir / MODEL_FOLDER)
     trainer.accelerator.wait_for_everyone()
 
 
-def _write_terms(model: str, folder: Path) -> None:
-    """Write a card with the licence and notices of the model that was trained, as its terms want them passed on."""
-    terms = terms_of(model)
-    if terms != Terms():
+def _write_inherited(model: str, folder: Path) -> None:
+    """Write a card and files with the licence and notices inherited from the model that was trained."""
+    inherited = inherited_from(model)
+    if inherited != InheritedMetadata():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "README.md").write_text(stub_card(folder.name, terms), encoding="utf-8")
-        terms.write(folder)
+        (folder / "README.md").write_text(stub_card(folder.name, inherited), encoding="utf-8")
+        inherited.write(folder)
 
 
 def _unsharded(model_args: ModelArguments, weights: dict[str, torch.Tensor]) -> QueritForSequenceRanking | PeftModel:

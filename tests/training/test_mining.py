@@ -52,7 +52,7 @@ def test_the_same_seed_draws_the_same(collection):
 
 def test_queries_and_positives_are_limited(collection):
     assert len(mine_rows(collection, limit=2)) == 2
-    assert mine_rows(collection, max_chars=3) == []
+    assert mine_rows(collection, max_positive_chars=3) == []
 
 
 def test_negatives_come_from_the_candidate_list_where_there_is_one(collection):
@@ -81,26 +81,26 @@ def test_any_retriever_finds_negatives(collection):
         assert len(negatives) == 1
 
 
-class Guard:
+class FilterModel:
     """A teacher that scores documents numbered 2 as high as the positive."""
 
     def predict(self, pairs, **options):
         return [0.9 if text.endswith(("0", "2")) else 0.1 for _, text in pairs]
 
 
-def test_negatives_that_the_guard_finds_relevant_are_filtered_out(collection):
+def test_negatives_that_the_filter_model_finds_relevant_are_dropped(collection):
     bands = Bands(2, 0, 0, 4, 4)
 
     def doubtful(rows):
-        """Rows with the document that the guard finds relevant."""
+        """Rows with the document that the filter model finds relevant."""
         return [row for row in rows if f"{row['source'].removeprefix('animals/')} story 2" in texts_of(row)]
 
     assert len(doubtful(mine_rows(collection, bands=bands))) == len(ANIMALS)
-    guarded = mine_rows(collection, bands=bands, guard=Guard())
-    assert len(guarded) == len(ANIMALS)
-    assert doubtful(guarded) == []
+    filtered = mine_rows(collection, bands=bands, false_negative_filter=FilterModel())
+    assert len(filtered) == len(ANIMALS)
+    assert doubtful(filtered) == []
     # With a margin above every difference, the whole list is left out.
-    for row in mine_rows(collection, bands=bands, guard=Guard(), guard_margin=1.0):
+    for row in mine_rows(collection, bands=bands, false_negative_filter=FilterModel(), false_negative_margin=1.0):
         animal = row["source"].removeprefix("animals/")
         assert not any(text.startswith(animal) for text in texts_of(row)[1:])
 

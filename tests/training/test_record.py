@@ -80,7 +80,7 @@ def test_a_run_is_not_resumed_with_other_files(begin, out, tmp_path):
 
 
 def test_a_run_is_not_resumed_with_other_rows(begin, out):
-    """What is sampled, mined and guarded may differ though no file has changed."""
+    """What is sampled, mined and filtered may differ though no file has changed."""
     record = begin()
     write_checkpoint(out)
     record["sha256"]["train_rows.jsonl"] = "0" * 64

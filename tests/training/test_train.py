@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from small_runs import as_flags, make_settings
 
 from modeling_querit import QueritForSequenceRanking
-from modeling_querit.cards import read_terms
+from modeling_querit.cards import read_inherited
 from modeling_querit.files import write_jsonl
 from modeling_querit.training.train import main, train
 
@@ -58,7 +58,7 @@ def test_the_terms_of_the_base_are_passed_on(saved_folder, rows, tmp_path, capsy
     (tmp_path / "base" / "NOTICE").write_text("Gemma is provided under its terms.\n")
     main(as_flags(tmp_path / "out", model=tmp_path / "base", train=rows))
     assert capsys.readouterr().out.endswith(f"Wrote {tmp_path / 'out' / 'model'}\n")
-    written = read_terms(tmp_path / "out" / "model")
+    written = read_inherited(tmp_path / "out" / "model")
     assert written.data == {
         "license": "gemma",
         "language": "de",
