@@ -1,4 +1,4 @@
-"""Querit rerankers: compact multilingual cross-encoders, for every runtime their users live in (arXiv 2606.19037)."""
+"""Querit rerankers (arXiv 2606.19037): compact multilingual cross-encoders, usable from all common runtimes."""
 
 from __future__ import annotations
 

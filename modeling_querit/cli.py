@@ -35,7 +35,7 @@ class Format(StrEnum):
 
 
 class Fusion(StrEnum):
-    """What makes scores of a run and of a model comparable."""
+    """Normalization that makes scores of a run and of a model comparable."""
 
     min_max = "min-max"
     z_score = "z-score"
@@ -88,51 +88,52 @@ def rerank(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Compute in int8 (by torchao), slightly less exact.")] = False,
     format: Annotated[
-        Format, typer.Option(help="text: a line is a document; jsonl: a line is a string or has a 'text'.")
+        Format, typer.Option(help="text: one document per line; jsonl: one string, or object with a 'text', per line.")
     ] = Format.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     min_probability: Annotated[
         float | None,
-        typer.Option(help="Leave out documents that are less probably relevant; needs a calibrated model."),
+        typer.Option(help="Drop documents whose probability of relevance is below this; needs a calibrated model."),
     ] = None,
     run: Annotated[
         str | None,
         typer.Option(
-            help="Rerank in bulk, in place of --query: a TREC run, or JSONL rows with a 'query' and 'documents'; .gz "
-            "too. Resumes after a kill; under torchrun or accelerate launch, processes share the queries."
+            help="Rerank in bulk, instead of --query: a TREC run, or JSONL rows with a 'query' and 'documents'; may be "
+            "gzipped. Resumes if interrupted; under torchrun or accelerate launch, processes share the queries."
         ),
     ] = None,
     collection: Annotated[
         str | None,
         typer.Option(
-            help="--run: texts of its ids: a folder with corpus and queries (.jsonl or .tsv, .gz too), or "
+            help="--run: the texts of its ids: a folder with corpus and queries (.jsonl or .tsv, may be gzipped), or "
             "ir_datasets:ID."
         ),
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="--run: new file, a TREC run, or the rows with 'scores'.")
+        str | None, typer.Option("--output", "-o", help="--run: new file: a TREC run, or the rows with 'scores'.")
     ] = None,
     depth: Annotated[
-        int | None, typer.Option(help="--run: documents of a query to rerank, by its scores; all by default.")
+        int | None,
+        typer.Option(help="--run: documents to rerank per query, those with the highest scores in it; all by default."),
     ] = None,
     fuse: Annotated[
         float | None,
         typer.Option(
-            help="--run: rank by this weight, 0 to 1, times the run's scores, plus the rest times the model's."
+            help="--run: weight W of the run's scores, 0 to 1: rank by W x the run's + (1 - W) x the model's score."
         ),
     ] = None,
     fusion: Annotated[
         Fusion,
         typer.Option(
-            help="--fuse: what makes scores comparable within a query: min-max (scaled to 0 to 1), z-score (to mean 0 "
-            "and deviation 1) or rrf (reciprocal rank: 1 / (60 + rank))."
+            help="--fuse: normalization of the scores of a query: min-max (to 0 to 1), z-score (to mean 0 and standard "
+            "deviation 1) or rrf (reciprocal rank: 1 / (60 + rank))."
         ),
     ] = Fusion.min_max,
     skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="--run: set lines that cannot be used aside in OUTPUT.rejects.jsonl.")
+        bool, typer.Option("--skip-broken", help="--run: skip invalid lines, and write them to OUTPUT.rejects.jsonl.")
     ] = False,
 ) -> None:
-    """Order documents by their relevance to a query, best first; or those of all queries of a run (--run)."""
+    """Rank documents by their relevance to a query, best first; with --run, those of all queries of a run."""
     if top_k is not None and top_k < 1:
         raise ValueError(f"--top-k is {top_k}: ask for at least one document.")
     if min_probability is not None and not 0 <= min_probability <= 1:
@@ -229,26 +230,29 @@ def calibrate(
     ] = None,
     method: Annotated[
         CalibrationMethod,
-        typer.Option(help="platt: a logistic function, for few judgements; isotonic: any rising one, for thousands."),
+        typer.Option(
+            help="platt: a logistic function, for hundreds of judgements; isotonic: non-decreasing, for thousands."
+        ),
     ] = CalibrationMethod.platt,
-    depth: Annotated[int, typer.Option(help="--collection: candidates of a query, where it lists none.")] = 100,
+    depth: Annotated[int, typer.Option(help="Candidates per query, from BM25, if a collection lists none.")] = 100,
     judged_only: Annotated[
         bool,
         typer.Option(
             "--judged-only",
-            help="--collection: the judged documents alone, not candidates, of which the unjudged count as irrelevant.",
+            help="Use only judged documents. By default all candidates are used, and unjudged ones count as not "
+            "relevant.",
         ),
     ] = False,
     relevant_from: Annotated[float, typer.Option(help="Lowest grade or label of a relevant document.")] = 1.0,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="New folder, instead of writing to that of the model.")
+        Path | None, typer.Option("--output", "-o", help="New folder; by default the folder of the model is changed.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Maximum tokens of a query and document together.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
 ) -> None:
-    """Learn what scores mean: the probability that a document with a score is relevant, stored in config.json.
+    """Calibrate scores to probabilities of relevance, on judged queries; stored in the config.json of the model.
 
-    Prints the expected calibration error before, and after on queries that the calibration has not seen.
+    Prints the expected calibration error before and after, the latter by 5-fold cross-validation over queries.
     """
     console.skip_torchao(model)
     console.quiet_libraries()
@@ -264,27 +268,25 @@ def calibrate(
 @app.command(epilog="Example: querit serve mini, and open http://127.0.0.1:8000 in a browser")
 def serve(
     model: Annotated[str, typer.Argument(help="mini (the default model), or a folder or repository.")] = "mini",
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 lets the system choose.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 lets the system choose.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Name of the model in requests and answers.")] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help="File with the token that requests must carry; else QUERIT_API_KEY, if it is set."),
+        typer.Option(help="File with the token that requests must carry; by default QUERIT_API_KEY, if set."),
     ] = None,
     max_documents: Annotated[int, typer.Option(help="Maximum number of documents of a request.")] = 1000,
-    max_chars: Annotated[int, typer.Option(help="Maximum characters of a request's texts together.")] = 2_000_000,
+    max_chars: Annotated[int, typer.Option(help="Maximum total characters of a request's texts.")] = 2_000_000,
     max_body_mb: Annotated[int, typer.Option(help="Maximum size of a request's body, in MB.")] = 16,
-    max_queue: Annotated[
-        int, typer.Option(help="Maximum number of documents that wait; beyond it, status 429.")
-    ] = 10_000,
+    max_queue: Annotated[int, typer.Option(help="Maximum number of queued documents; beyond it, status 429.")] = 10_000,
     max_length: Annotated[int | None, typer.Option(help="Maximum tokens of a query and document together.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Maximum tokens of a forward pass.")] = None,
-    cache_mb: Annotated[int, typer.Option(help="Memory for scores of repeated pairs, in MB; 0 is none.")] = 16,
-    drain_seconds: Annotated[int, typer.Option(help="Time for open requests after SIGTERM, in seconds.")] = 60,
+    cache_mb: Annotated[int, typer.Option(help="Memory for scores of repeated pairs, in MB; 0 disables it.")] = 16,
+    drain_seconds: Annotated[int, typer.Option(help="Seconds to finish open requests after SIGTERM.")] = 60,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Compute in int8 (by torchao), slightly less exact.")] = False,
     access_log: Annotated[
-        bool, typer.Option("--access-log", help="Log a line for each request, never its text.")
+        bool, typer.Option("--access-log", help="Log one line per request, without its texts.")
     ] = False,
 ) -> None:
     """Serve a model over HTTP: the APIs of Cohere, Jina, vLLM and TEI, and a page to try it out."""
@@ -335,7 +337,7 @@ def adapt(
         typer.Option(help="corpus, queries, candidates, teachers, train or report; repeatable. All by default."),
     ] = None,
 ) -> None:
-    """Adapt a reranker to unlabelled documents: write queries, score candidates by teachers, train on the scores.
+    """Adapt a reranker to unlabelled documents: write queries, score candidates with teachers, train on the scores.
 
     Completed stages are not repeated: run the same command again to resume an interrupted run.
     """
@@ -357,16 +359,20 @@ def merge(
     method: Annotated[str | None, typer.Option(help="slerp (default), linear or task_arithmetic.")] = None,
     t: Annotated[
         list[str] | None,
-        typer.Option(help="Place between two models, 0 to 1: 0.5, 0:1 (first to last layer), mlp=0.3; repeatable."),
+        typer.Option(
+            help="Interpolation position between two models, 0 (the first) to 1 (the second): 0.5, 0:1 (from the first "
+            "to the last layer), mlp=0.3; repeatable."
+        ),
     ] = None,
     weights: Annotated[
-        list[str] | None, typer.Option(help="Weight of each model: 1,2,1 or attention=1,0:1,1; repeatable.")
+        list[str] | None, typer.Option(help="One weight per model: 1,2,1 or attention=1,0:1,1; repeatable.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="task_arithmetic: model that the models were trained from.")] = None,
     scale: Annotated[float | None, typer.Option(help="task_arithmetic: scale of the task vectors; default 1.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (that of the models), float32, bfloat16 or float16.")] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="merge.json of a merge to repeat; name the models if they have moved.")
+        Path | None,
+        typer.Option(help="merge.json of a merge to repeat; give the models again if they are local folders."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
     search: Annotated[
@@ -412,8 +418,8 @@ def convert(
     to: Annotated[
         Layout,
         typer.Option(
-            help="querit: for transformers, sentence-transformers and mteb; published: as the first release; seq-cls: "
-            "sequence classifier with one label, for servers that run none of our code."
+            help="querit: for transformers, sentence-transformers and mteb; published: layout of the first release; "
+            "seq-cls: sequence classifier with one label, for servers that run no custom code."
         ),
     ] = Layout.querit,
     dtype: Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, bfloat16 or float16.")] = "auto",
@@ -451,15 +457,17 @@ def evaluate(
             "those that the collections list."
         ),
     ] = None,
-    depth: Annotated[int | None, typer.Option(help="Candidates of each query; default 100.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Queries of each collection, drawn at random; default all.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Candidates per query, if a collection lists none; default 100.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Queries per collection, drawn at random; default all.")] = None,
     instruction: Annotated[str | None, typer.Option(help="The task in one sentence, in place of the default.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Maximum tokens of a query and document together.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Compute in int8 (by torchao), slightly less exact.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draw of queries and the statistics; default 0.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON of these settings; options override it.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the query sample and the statistics; default 0.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings; options override it.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default evaluation.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of a table.")] = False,
 ) -> None:

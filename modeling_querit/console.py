@@ -1,4 +1,4 @@
-"""What the command line prints: every text goes through here, and no control character of it to a terminal or a log."""
+"""All command-line output goes through here; control characters are escaped before it reaches a terminal or a log."""
 
 from __future__ import annotations
 

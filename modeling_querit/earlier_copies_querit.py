@@ -1,9 +1,9 @@
-"""Earlier versions of this code in the same process: folders that were saved with it hold a copy of their own.
+"""Models from folders saved by earlier versions of this code, ranking in the same process.
 
-A model of such a folder sets its attention to `querit_packed` while it ranks. Each copy enters its own function under
-that name into the one table of transformers, so that only the copy that came last would work. What the function has to
-know about the forward pass, its `Run`, is in a context variable of its copy. `make_room_for_earlier_copies` puts a
-function into the table that finds the run, and with it the copy that made it.
+Each saved folder has its own copy of the code. Copies from earlier versions all register their attention function under
+one name, `querit_packed`, in transformers' global table, so the last copy to be loaded would replace the functions of
+the others. `make_room_for_earlier_copies` puts a dispatcher in their place, which finds the copy whose forward pass is
+running, by the context variable that this copy sets meanwhile, and calls its function.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RUN_VARIABLE = "querit_run"
 
 
 def make_room_for_earlier_copies() -> None:
-    """Let models of any number of earlier copies rank in this process, also those that are loaded later."""
+    """Install the dispatcher, for any number of earlier copies, also those that are loaded later."""
     # An entry of its own, which comes before what others register.
     ALL_ATTENTION_FUNCTIONS[_ATTENTION] = _attend
     if hasattr(os, "register_at_fork"):

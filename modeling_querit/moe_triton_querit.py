@@ -4,7 +4,7 @@ An assignment is a (token, choice) pair of the router, numbered `token * k + cho
 assignment is stored in that order. Assignments are sorted by expert, each expert's group padded to whole tiles, so that
 every tile of a grouped matrix product has one expert (the idea of vLLM's `moe_align_block_size`). Rows are gathered as
 they are read and scattered as they are written: hidden states are never copied per expert. The gradient of the router's
-weights is taken from the activations (as in SonicMoE, arXiv 2512.14080), which spares keeping the experts' outputs.
+weights is taken from the activations (as in SonicMoE, arXiv 2512.14080), which avoids storing the experts' outputs.
 
 Nothing waits for the device, and nothing is summed by atomics: equal inputs give equal bits.
 """
@@ -376,7 +376,7 @@ def experts_backward(
         down: Down weights as in `experts_forward`, shape (E, H, I).
         top_k_index: Experts of each token, shape (T, k).
         top_k_weights: Their weights, shape (T, k).
-        needs: Which of the four gradients to compute.
+        needs: Flags of the four gradients, in the order in which they are returned: False skips one.
 
     Returns:
         Gradients of hidden_states, gate_up, down and top_k_weights, in their shapes and dtypes; None if not needed.

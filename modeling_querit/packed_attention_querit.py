@@ -327,7 +327,7 @@ class _PaddedSegments(NamedTuple):
         positions: Position of each query in the pack, (segments, queries).
         is_token: Whether a query is a token, not padding, (segments, queries).
         keys: Index of each key among the pack's keys, (segments, keys).
-        may_attend: Which query attends to which key, (segments, 1, queries, keys).
+        may_attend: Mask, True where a query attends to a key, (segments, 1, queries, keys).
     """
 
     positions: Tensor

@@ -1,4 +1,4 @@
-"""The text of a (query, document) pair, and its token ids: the contract that Querit rerankers are trained on."""
+"""The text of a (query, document) pair, and its token ids: Querit's input format, which rerankers are trained on."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class PairEncoder:
         self.backend = copy_backend(backend)
         # Names of special tokens in a text are text.
         self.backend.encode_special_tokens = True
-        self._reach = reach(self.backend)
+        self._lookahead = reach(self.backend)
 
     def encode(
         self,
@@ -166,7 +166,7 @@ class PairEncoder:
 
     def _head(self, text: str, limit: int) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokenize a text, or so much of it that its first `limit` tokens are certain: ids and character offsets."""
-        encoding = first_tokens(self.backend, text, limit, self._reach)
+        encoding = first_tokens(self.backend, text, limit, self._lookahead)
         return encoding.ids, encoding.offsets
 
 

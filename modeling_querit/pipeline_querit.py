@@ -1,4 +1,4 @@
-"""`pipeline("text-classification")` of a saved folder, which gives the score of the contract."""
+"""`pipeline("text-classification")` of a saved folder, which returns the same score as `rank`."""
 
 from __future__ import annotations
 

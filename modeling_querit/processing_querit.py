@@ -34,7 +34,7 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "mask_tok
 
 
 class QueritProcessor:
-    """Turns queries and documents into model inputs, by the contract of `PairEncoder`.
+    """Turns queries and documents into model inputs, in Querit's input format (see `PairEncoder`).
 
     `tokenizer` is there for others: it is what a saved folder holds, and anybody may let it pad, truncate or save
     itself, a Trainer for example, since pairs are encoded by a copy that nothing changes. To rank and save with other

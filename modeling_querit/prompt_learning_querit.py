@@ -34,7 +34,7 @@ def check_no_prompt(model: Any, name: str) -> None:
 
     Args:
         model: The model.
-        name: What is done with it, for the error message.
+        name: Method that was called on it, for the error message.
 
     Raises:
         NotImplementedError: if it has one.

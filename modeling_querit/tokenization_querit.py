@@ -1,4 +1,4 @@
-"""The tokenizer that a saved folder holds: `tokenizer(query, document)` gives the ids of the contract everywhere."""
+"""The tokenizer that a saved folder holds: `tokenizer(query, document)` gives token ids in Querit's input format."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ AnyTokenizer = TypeVar("AnyTokenizer", bound=PreTrainedTokenizerFast)
 
 
 class QueritTokenizer(PreTrainedTokenizerFast):
-    """A fast tokenizer whose pairs are a query and a document, with the text of the contract around them.
+    """A fast tokenizer whose pairs are a query and a document, encoded in Querit's input format.
 
     `tokenizer(query, document)`, also in batches and as a list of tuples, gives the ids that `PairEncoder` gives, with
     every kind of padding. A document may be `{"title", "text"}`; `instruction=...` replaces the default instruction.

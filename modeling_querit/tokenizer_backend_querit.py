@@ -48,8 +48,8 @@ def first_size(limit: int) -> int:
     return max(_FIRST_SIZE, _CHARACTERS_PER_TOKEN * limit)
 
 
-def first_tokens(backend: Tokenizer, text: str, limit: int, reach: int | None) -> Encoding:
-    """Tokenize so much of a text that its first `limit` tokens are those of the whole text.
+def first_tokens(backend: Tokenizer, text: str, limit: int, lookahead: int | None) -> Encoding:
+    """Tokenize a prefix long enough that its first `limit` tokens match those of the full text.
 
     Tokens depend on text behind them: on the rest of a word, of a run of spaces or of combining marks, on an added
     token that begins in them. So the beginning of a text is tokenized for the whole only if many words begin behind the
@@ -58,14 +58,14 @@ def first_tokens(backend: Tokenizer, text: str, limit: int, reach: int | None) -
     Args:
         backend: The tokenizer.
         text: Text of any length.
-        limit: Number of tokens that are wanted.
-        reach: What the function `reach` says of the tokenizer.
+        limit: Number of tokens wanted.
+        lookahead: Maximum number of characters of tokenizer look-ahead, from `reach`; None if unbounded.
 
     Returns:
-        The encoding of the text, or of a beginning of it that has more than `limit` tokens.
+        The encoding of the text, or of a prefix of it that has more than `limit` tokens.
     """
     size = first_size(limit)
-    while reach is not None and 2 * size < len(text):
+    while lookahead is not None and 2 * size < len(text):
         if len(_WORD_START.findall(text, size // 2, size)) < _WORDS:
             size *= 4
             continue
@@ -74,14 +74,14 @@ def first_tokens(backend: Tokenizer, text: str, limit: int, reach: int | None) -
         if len(shorter.ids) > limit and shorter.ids[:limit] == longer.ids[:limit]:
             end = max((end for _, end in shorter.offsets[:limit]), default=0)
             behind = text[end:size]
-            if len(behind) >= _MARGIN + reach and len(_WORD_START.findall(behind)) >= _WORDS:
+            if len(behind) >= _MARGIN + lookahead and len(_WORD_START.findall(behind)) >= _WORDS:
                 return longer
         size *= 4
     return backend.encode(text, add_special_tokens=False)
 
 
 def reach(backend: Tokenizer) -> int | None:
-    """Return how many characters a tokenizer looks ahead for a match, beyond a run of similar ones; None: any number.
+    """Return how many characters a tokenizer looks ahead for a match, beyond a run of similar ones; None if unbounded.
 
     Added tokens and replaced strings are matched in whole.
     """

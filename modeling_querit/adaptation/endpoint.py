@@ -47,7 +47,7 @@ class Unavailable(ConnectionError):
     """The server could not be reached, or answered with a transient error.
 
     Args:
-        message: What happened.
+        message: Description of the failure.
         wait: Seconds that the server asked to wait, if it did.
     """
 

@@ -130,7 +130,7 @@ def fingerprint_of(settings: AdaptSettings, inputs: Sequence[Path], dependencies
     Args:
         settings: Settings of the run.
         inputs: Files of earlier stages.
-        dependencies: What else the result depends on.
+        dependencies: Everything else that the result depends on.
     """
     values = settings.model_dump(mode="json", include=set(dependencies.sections))
     input_digests = [sha256(path) for path in inputs]

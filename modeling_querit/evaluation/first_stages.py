@@ -1,4 +1,4 @@
-"""What rerankers put in order: the queries that are measured, and the candidates of a first stage."""
+"""Inputs of an evaluation: the queries to measure, and their candidates from a first stage."""
 
 from __future__ import annotations
 

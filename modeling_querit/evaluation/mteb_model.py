@@ -56,7 +56,7 @@ class MtebReranker:
         Args:
             inputs1: Batches of queries, `{"text": [...]}`, and perhaps of their instructions; one query for each pair.
             inputs2: Batches of documents.
-            **_: What mteb says about the task.
+            **_: Details of the task from mteb, which change nothing.
 
         Returns:
             A score in [-1, 1] for each pair.

@@ -52,7 +52,7 @@ class EvaluationPipeline:
     `accelerate launch`, processes share out the queries, and the files are the same.
 
     Args:
-        settings: What to evaluate.
+        settings: Models, collections and options.
         echo: Called with a line for each step and each warning.
 
     Example:

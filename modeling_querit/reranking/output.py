@@ -38,8 +38,8 @@ def write_output(
         path: File to write.
         tasks: The queries with their candidates.
         shards: The scores of all blocks.
-        fuse: What makes the scores to rank by out of those of the first stage and the reranker.
-        keep: What says which documents are shown, by the reranker's scores; all by default.
+        fuse: Function from first-stage and reranker scores to final scores; None ranks by the reranker's.
+        keep: Function from reranker scores to a keep mask; None keeps all.
         is_gzipped: Whether the file is compressed.
     """
     with _open(path, is_gzipped) as file:

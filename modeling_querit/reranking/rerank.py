@@ -118,7 +118,7 @@ def rerank_in_bulk(
     written atomically, and is complete once it is there.
 
     Args:
-        settings: What to rerank.
+        settings: Model, input, output and options.
         load: Function that loads the model on a device; None is the default device.
         make_keep: Function that makes the `keep` of `write_output` for the model.
 

@@ -28,9 +28,9 @@ class Text(NamedTuple):
     """A query, or a document, whose title and text are joined by a space.
 
     Args:
-        location: Where it was read, for error messages.
-        id: Its id.
-        text: Its text.
+        location: File and line it was read from, for error messages.
+        id: Id of the query or document.
+        text: Title and text, or the query.
     """
 
     location: str

@@ -40,7 +40,7 @@ class Engine:
     Args:
         model: The reranker.
         settings: Limits and sizes.
-        metrics: What is counted.
+        metrics: Prometheus metrics to update.
     """
 
     def __init__(self, model: QueritForSequenceRanking, settings: ServerSettings, metrics: Metrics):

@@ -37,7 +37,7 @@ class Gate:
     Args:
         app: The application.
         settings: Token and limits.
-        metrics: What is counted.
+        metrics: Prometheus metrics to update.
         routes: Paths that are counted by name; all others are counted as one.
     """
 

@@ -47,7 +47,7 @@ class Scheduler:
         score_pairs: Function from pairs and options to scores, called by that thread only.
         batch_tokens: Number of tokens of a step, which is one forward pass.
         max_queue: Maximum number of pairs that wait.
-        metrics: What is counted.
+        metrics: Prometheus metrics to update.
     """
 
     def __init__(self, score_pairs: ScorePairs, batch_tokens: int, max_queue: int, metrics: Metrics):
