@@ -50,7 +50,7 @@ def interleaved(
     Args:
         functions: Name -> function.
         rounds: Number of timed calls of each.
-        check: Called with the results of the warm-up, before anything is timed.
+        check: Function called with the results of the warm-up, before anything is timed.
 
     Returns:
         Name -> seconds of each timed call.

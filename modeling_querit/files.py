@@ -181,7 +181,7 @@ def parse_lines(
     Args:
         lines: Lines with their locations, from `read_lines`.
         name: Name of the file, for error messages.
-        on_error: Called with the error and the raw line instead of raising.
+        on_error: Function called with the error and the raw line instead of raising.
     """
     for number, (location, line) in enumerate(lines):
         if number == 0 and (is_json_array(line) or line.strip() == b"{"):

@@ -45,7 +45,7 @@ class Adaptation:
 
     Args:
         settings: Settings of all stages.
-        echo: Called with one line for each stage.
+        echo: Function called with one line for each stage.
 
     Example:
         ```python

@@ -91,7 +91,7 @@ def write_queries(
         cache: Cache of texts, under the generator's identity and the request.
         dropped: Counter of the requests without a query, as `not written`.
         fallback: Name and generator for the requests that the others did not answer.
-        advance: Called with the number of requests that a batch has dealt with.
+        advance: Function called with the number of requests that a batch has dealt with.
     """
     unanswered: list[QueryRequest] = []
     for index, (name, generator) in enumerate(generators.items()):

@@ -51,7 +51,7 @@ def score_with_teachers(
         pairs: Pairs, grouped by query, and the same in every process.
         folder: Folder of the caches, one for each teacher.
         process, processes: Index of this process and number of processes, which take batches in turn.
-        advance: Called with the number of pairs that a batch has dealt with.
+        advance: Function called with the number of pairs that a batch has dealt with.
 
     Returns:
         Teacher -> number of pairs that this process got no finite score for.

@@ -53,7 +53,7 @@ class EvaluationPipeline:
 
     Args:
         settings: Models, collections and options.
-        echo: Called with a line for each step and each warning.
+        echo: Function called with a line for each step and each warning.
 
     Example:
         ```python

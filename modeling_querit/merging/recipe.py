@@ -35,8 +35,8 @@ class Recipe:
         method: Merge method, a key of `METHODS`.
         t: Position between two models, from the first (0) to the second (1), as in `Schedule.from_t`; 0.5 by default.
         weights: Weights of any number of models, in place of `t`, as in `Schedule.from_weights`; equal by default.
-        base: For task arithmetic: the model that the others were trained from.
-        scale: For task arithmetic: factor of the mean task vector.
+        base: Model that the others were trained from, for task arithmetic.
+        scale: Factor of the mean task vector, for task arithmetic.
         dtype: Data type of the merged weights: "auto" (that of the models), "float32", "bfloat16" or "float16".
         parents: Parents of an earlier merge, from its `merge.json`: base and models must have the same hashes.
 
