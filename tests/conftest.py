@@ -23,6 +23,7 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """One more than there are cores: some tests wait for servers and processes."""
     return (os.cpu_count() or 1) + 1
