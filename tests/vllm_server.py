@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -42,7 +43,11 @@ def serve(work, name, options):
         yield f"http://127.0.0.1:{port}", name
     finally:
         server.terminate()
-        server.wait(60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(60)
+        # Its workers, too, where they hang.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 def post(served, route, **fields):
@@ -58,7 +63,7 @@ def reranked(served, route="/rerank", **fields):
     return [result["relevance_score"] for result in sorted(results, key=lambda result: result["index"])]
 
 
-def _wait_until_healthy(server, address, log, seconds=300):
+def _wait_until_healthy(server, address, log, seconds=600):
     for _ in range(seconds):
         assert server.poll() is None, log.read_text()[-3000:]
         try:
