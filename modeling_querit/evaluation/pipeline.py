@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -33,12 +32,13 @@ from .first_stages import (
 from .mteb_tasks import MtebSplit, measure_tasks
 from .report import write_report
 from .score_store import ScoreStore, share
+from .settings import QRELS_NAME, file_name
 
 if TYPE_CHECKING:
     from .settings import EvaluationSettings
     from .sources import CollectionSource
 
-RECORD_FILE, QRELS_FILE, EMBEDDINGS_FOLDER = "evaluation.json", "qrels.trec", "embeddings"
+RECORD_FILE, QRELS_FILE, EMBEDDINGS_FOLDER = "evaluation.json", f"{QRELS_NAME}.trec", "embeddings"
 # How long a process waits for the others, which may score for days.
 _PROCESS_TIMEOUT = timedelta(days=7)
 # Settings that may change when an evaluation is resumed, since they change no score.
@@ -131,7 +131,7 @@ class EvaluationPipeline:
     # Candidates
 
     def _paths(self, source: CollectionSource) -> Path:
-        return self.folder / "runs" / _file_name(source.name)
+        return self.folder / "runs" / file_name(source.name)
 
     def _write_candidates(self, source: CollectionSource) -> None:
         """Write the judgements and the first stage's run of a collection; the run last."""
@@ -169,10 +169,10 @@ class EvaluationPipeline:
     # Scores
 
     def _run_path(self, source: CollectionSource, name: str) -> Path:
-        return self._paths(source) / f"{_file_name(name)}.trec"
+        return self._paths(source) / f"{file_name(name)}.trec"
 
     def _store(self, source: CollectionSource, name: str) -> ScoreStore:
-        return ScoreStore(self.folder / "scores" / _file_name(source.name) / _file_name(name))
+        return ScoreStore(self.folder / "scores" / file_name(source.name) / file_name(name))
 
     def _score(self, name: str, advance: Callable[[int], None]) -> None:
         """Score the candidates of all collections by one model."""
@@ -201,7 +201,7 @@ class EvaluationPipeline:
                 scored = {
                     query: dict(zip(hits, scores_by_query[query], strict=True)) for query, hits in candidates.items()
                 }
-                _write_scores(scored, path, _file_name(name))
+                _write_scores(scored, path, file_name(name))
                 store.remove()
             self.process.wait_for_everyone()
 
@@ -264,11 +264,6 @@ class EvaluationPipeline:
             for task, score in measure_tasks(model, self.tasks, runs, self.folder / "mteb").items():
                 main_scores[task][name] = score
         return main_scores
-
-
-def _file_name(name: str) -> str:
-    """Name of a file for any name: other characters than letters, digits, points and dashes become underscores."""
-    return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_"
 
 
 def _write_scores(scores: Mapping[str, Mapping[str, float]], path: Path, tag: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from ..checkpoints.loading import check_available
 from ..checkpoints.mini import MINI_NAME
 from ..settings_files import read_settings
+from .evaluate import BEST_ORDER, FIRST_STAGE, RANDOM
 from .first_stages import BM25_NAME, check_first_stage
 from .mteb_tasks import Benchmark, find_tasks, sources_of
 from .sources import CollectionSource, find_collection
@@ -22,6 +24,9 @@ _TEXTS, _LISTS, _NUMBERS = (
     ("depth", "limit", "max_length", "seed"),
 )
 
+# File of the judgements, beside those of the systems.
+QRELS_NAME = "qrels"
+_TAKEN = (RANDOM, FIRST_STAGE, BEST_ORDER, QRELS_NAME)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -147,13 +152,15 @@ class EvaluationSettings:
             tasks: The tasks that `find_tasks` has found.
 
         Raises:
-            ValueError: if two collections have the same name.
+            ValueError: if two collections have the same name, or names whose files would be the same.
         """
         sources: list[CollectionSource] = [find_collection(text) for text in self.collections]
         sources += [source for task in tasks for source in sources_of(task)]
         names = [source.name for source in sources]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"Two collections are called {twice[0]}: evaluate on them one after the other.")
+        if same := _of_one_file(names):
+            raise ValueError(f"Collections {' and '.join(same)} would share files: evaluate on one after the other.")
         return sources
 
     def check(self, sources: Sequence[CollectionSource]) -> None:
@@ -172,7 +179,7 @@ class EvaluationSettings:
         """Name of each model in tables and files -> where it is: the last parts of a path that tell it from others.
 
         Raises:
-            ValueError: if a model is named twice.
+            ValueError: if a model is named twice, or has the name or the files of another system.
         """
         places = [Path(model).resolve() if _is_folder(model) else Path(model) for model in self.models]
         if len(set(places)) < len(places):
@@ -184,7 +191,24 @@ class EvaluationSettings:
             ]
             if len(set(names)) == len(names):
                 break
+        if taken := [name for name in names if file_name(name) in _TAKEN]:
+            raise ValueError(f"A model cannot be called {taken[0]!r}, as other results are: rename its folder.")
+        if same := _of_one_file(names):
+            raise ValueError(f"Models {' and '.join(same)} would share files: evaluate them one after the other.")
         return dict(zip(names, self.models, strict=True))
+
+
+def file_name(name: str) -> str:
+    """Name of a file for any name: other characters than letters, digits, points and dashes become underscores."""
+    return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_"
+
+
+def _of_one_file(names: Sequence[str]) -> list[str]:
+    """Return names that would have the same file; none if all files differ."""
+    by_file: dict[str, list[str]] = {}
+    for name in names:
+        by_file.setdefault(file_name(name), []).append(name)
+    return next((same for same in by_file.values() if len(same) > 1), [])
 
 
 def _is_folder(model: str) -> bool:

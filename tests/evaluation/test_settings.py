@@ -63,3 +63,16 @@ def test_two_collections_of_one_name_are_refused(tmp_path):
     settings = EvaluationSettings(("mini",), (f"{tmp_path}/a/x:dev", f"{tmp_path}/b/x:dev"))
     with pytest.raises(ValueError, match="Two collections are called x:dev"):
         settings.sources([])
+
+
+def test_collections_and_models_that_would_share_files_are_refused(tmp_path):
+    settings = EvaluationSettings(("mini",), (f"{tmp_path}/a_b:test", f"{tmp_path}/a:b_test"))
+    with pytest.raises(ValueError, match="Collections a_b:test and a:b_test would share files"):
+        settings.sources([])
+    for models, message in {
+        ("a/b", "a_b"): "Models a/b and a_b would share files",
+        ("mini", "first_stage"): "cannot be called 'first_stage'",
+        ("qrels",): "cannot be called 'qrels'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            EvaluationSettings(models, ("x",)).model_names()
