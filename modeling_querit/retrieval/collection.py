@@ -60,16 +60,20 @@ class Collection:
         qrels: dict[str, dict[str, int]] = {}
         for location, row in _read_tsv(folder / "qrels" / f"{split}.tsv"):
             try:
-                qrels.setdefault(row[0], {})[row[1]] = int(row[2])
-            except (IndexError, ValueError):
+                query_id, document_id, number = row
+                grade = int(number)
+            except ValueError:
                 raise ValueError(f"{location}: a row is query id, document id and a whole number.") from None
-        documents = {
-            str(row["_id"]): {"title": row.get("title") or "", "text": row["text"]}
-            for row in _read_texts(folder / "corpus.jsonl")
-        }
+            if qrels.setdefault(query_id, {}).setdefault(document_id, grade) != grade:
+                raise ValueError(f"{location}: query {query_id} had another grade for document {document_id} before.")
+        documents: dict[str, dict[str, str]] = {}
+        for location, row in _read_texts(folder / "corpus.jsonl"):
+            document = {"title": row.get("title") or "", "text": row["text"]}
+            if documents.setdefault(str(row["_id"]), document) != document:
+                raise ValueError(f"{location}: the id {row['_id']} had another text before.")
         queries = {
             query_id: row["text"]
-            for row in _read_texts(folder / "queries.jsonl")
+            for _, row in _read_texts(folder / "queries.jsonl")
             if (query_id := str(row["_id"])) in qrels
         }
         candidates: dict[str, list[str]] = {}
@@ -190,11 +194,11 @@ def _existing(path: Path) -> Path:
     return existing
 
 
-def _read_texts(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the rows of a corpus or of queries: `_id`, `text` and perhaps a `title`."""
+def _read_texts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read the rows of a corpus or of queries, with their location: `_id`, `text` and perhaps a `title`."""
     for location, row in read_jsonl(_existing(path)):
         check_text(row, location)
-        yield row
+        yield location, row
 
 
 def check_text(row: Any, location: str) -> None:

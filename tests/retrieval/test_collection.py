@@ -81,9 +81,25 @@ def test_a_broken_line_is_named(folder, line, message):
         Collection.load(folder, "test")
 
 
-def test_a_judgement_without_columns_is_named(folder):
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1 d1 1\n")
-    with pytest.raises(ValueError, match=r"test\.tsv, line 2"):
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("q1 d1 1\n", "line 2"),
+        # As TREC has them: the 0 is no document, and the id of a document no grade.
+        ("q1\t0\t7\t1\n", "line 2: a row is query id, document id and a whole number"),
+        ("q1\td1\t1\nq1\td1\t1\nq1\td1\t0\n", "line 4: query q1 had another grade for document d1"),
+    ],
+)
+def test_a_judgement_of_another_form_or_meaning_is_named(folder, lines, message):
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
+    with pytest.raises(ValueError, match=rf"test\.tsv, {message}"):
+        Collection.load(folder, "test")
+
+
+def test_an_id_of_two_texts_is_named(folder):
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "d2", "text": "grey"}\n{"_id": "d2", "text": "blue"}\n')
+    with pytest.raises(ValueError, match=r"corpus\.jsonl, line 4: the id d2 had another text before"):
         Collection.load(folder, "test")
 
 
