@@ -19,12 +19,15 @@ def min_max(scores: Sequence[float]) -> list[float]:
         [0.0, 1.0, 0.5]
         ```
     """
-    low, high = min(scores), max(scores)
-    return [(score - low) / (high - low) if high > low else 0.0 for score in scores]
+    # Halves, since the difference of the largest floats is infinite.
+    low, high = min(scores) / 2, max(scores) / 2
+    return [(score / 2 - low) / (high - low) if high > low else 0.0 for score in scores]
 
 
 def z_score(scores: Sequence[float]) -> list[float]:
     """Scale scores to mean 0 and standard deviation 1; all 0 if they are equal."""
+    # Sums of the largest floats are infinite; a power of two changes no digit.
+    scores = [score * 2.0**-40 for score in scores]
     center, deviation = statistics.fmean(scores), statistics.pstdev(scores)
     return [(score - center) / deviation if deviation else 0.0 for score in scores]
 

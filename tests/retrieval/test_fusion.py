@@ -17,6 +17,12 @@ def test_normalizations_are_those_of_scipy(values):
     assert reciprocal_ranks(values) == pytest.approx(1 / (60 + rankdata(-np.array(values), "ordinal")))
 
 
+def test_the_largest_scores_do_not_overflow():
+    largest = [-1.7e308, 1.7e308, 1.7e308]
+    assert min_max(largest) == [0.0, 1.0, 1.0]
+    assert z_score(largest) == pytest.approx(zscore([-1, 1, 1]))
+
+
 @given(scores, st.sampled_from(sorted(NORMALIZATIONS)), st.randoms(use_true_random=False))
 def test_a_weight_of_one_is_the_first_stage_and_of_zero_the_reranker(first, normalization, rng):
     second = rng.sample(first, len(first))
