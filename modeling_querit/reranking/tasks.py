@@ -270,9 +270,9 @@ def _fill(database: sqlite3.Connection, kind: int, texts: Texts, rejects: Reject
 def _store(database: sqlite3.Connection, kind: int, text: Text) -> None:
     name = text.id.encode("utf-8", "replace").decode()
     key = (kind, name)
-    stored = database.execute(
-        "UPDATE texts SET text = ? WHERE kind = ? AND name = ? AND text IS NULL", (text.text, *key)
-    )
+    # As models are given it: SQLite cannot store lone surrogates.
+    content = text.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    stored = database.execute("UPDATE texts SET text = ? WHERE kind = ? AND name = ? AND text IS NULL", (content, *key))
     if not stored.rowcount and database.execute("SELECT 1 FROM texts WHERE kind = ? AND name = ?", key).fetchone():
         raise ValueError(f"{text.location}: the id {name} was there before.")
 

@@ -108,6 +108,14 @@ def test_an_id_that_is_there_twice_is_refused(tmp_path, texts):
         stage_run(tmp_path / "tasks", write(tmp_path / "a.trec", RUN), *texts)
 
 
+def test_a_query_with_lone_surrogates_is_that_of_rank(tmp_path, texts):
+    (tmp_path / "collection" / "queries.tsv").unlink()
+    write(tmp_path / "collection" / "queries.jsonl", ['{"_id": "q1", "text": "sea \\ud800"}'])
+    queries, documents = open_texts(tmp_path / "collection")
+    stage_run(tmp_path / "tasks", write(tmp_path / "a.trec", ["q1 Q0 d3 1 1 x"]), queries, documents)
+    assert contents(tmp_path / "tasks")[0] == [[("sea \ufffd", "")]]
+
+
 def test_rows_are_staged_as_they_are(tmp_path):
     stage_rows(tmp_path / "tasks", write(tmp_path / "rows.jsonl", map(json.dumps, ROWS)), depth=1)
     pairs, ranked = contents(tmp_path / "tasks")
