@@ -59,8 +59,8 @@ def measure(
     judged = {
         query: {document: _checked_grade(grade, query, document) for document, grade in grades.items()}
         for query, grades in qrels.items()
-        if max(grades.values(), default=0) > 0
     }
+    judged = {query: grades for query, grades in judged.items() if max(grades.values(), default=0) > 0}
     if require_all:
         _check_complete(judged, run)
     scored = {query: _scored(query, ranking) for query, ranking in run.items()}
@@ -83,7 +83,7 @@ def measure_rows(
 
     Equal scores are ordered least relevant first, whatever the order of the rows, so that ties earn nothing and the
     given order, which may be that of the labels, does not matter. Labels may be soft (not whole); they are rounded to
-    1/10,000, or to a millionth of the highest one. Every label above 0 is relevant.
+    1/10,000, or to a millionth of the highest one, but never to 0: every label above 0 is relevant.
 
     Args:
         scores: Scores of the pairs, higher is more relevant.
@@ -115,7 +115,7 @@ def measure_rows(
     qrels: dict[str, dict[str, int]] = {}
     rankings: dict[str, list[str]] = {}
     for query, pairs_of_query in pairs.items():
-        grades = [round(label * unit) for _, label in pairs_of_query]
+        grades = [max(round(label * unit), int(label > 0)) for _, label in pairs_of_query]
         order = sorted(range(len(grades)), key=lambda pair: (-pairs_of_query[pair][0], grades[pair]))
         rankings[query] = [str(pair) for pair in order]
         qrels[query] = {str(pair): grade for pair, grade in enumerate(grades)}
@@ -148,7 +148,7 @@ def _value(name: str, value: float) -> float:
 
 
 def _checked_grade(grade: float, query: str, document: str) -> int:
-    if int(grade) != grade or grade > _MAX_GRADE:
+    if not math.isfinite(grade) or int(grade) != grade or grade > _MAX_GRADE:
         raise ValueError(
             f"Query {query!r}, document {document!r}: the grade {grade} is no whole number up to a million."
         )

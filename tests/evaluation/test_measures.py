@@ -121,6 +121,9 @@ def test_other_input_is_refused_by_name():
         measure({"q": {"a": 1}}, {"q": ["a", "b", "c", "b"]})
     with pytest.raises(ValueError, match="document 'a': the grade 0\\.5 is no whole number"):
         measure({"q": {"a": 0.5}}, {"q": ["a"]})
+    for grade in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"document 'a': the grade {grade} is no whole number"):
+            measure({"q": {"a": grade, "b": 1}}, {"q": ["a", "b"]})
     with pytest.raises(ValueError, match="no measure 'ndcg@10'"):
         measure({"q": {"a": 1}}, {"q": ["a"]}, ["ndcg@10"])
     with pytest.raises(ValueError, match="shorter"):
@@ -151,6 +154,11 @@ def test_soft_labels_have_the_ndcg_of_the_formula(scale):
     expected = np.dot(gains, discounts) / np.dot(sorted(labels, reverse=True), discounts)
     values = measure_rows(scores, [label * scale for label in labels], ["q"] * 4, ["ndcg_at_10"])
     assert values["ndcg_at_10"]["q"] == pytest.approx(expected, abs=0.02 if scale < 1 else 1e-4)
+
+
+def test_the_smallest_label_is_relevant():
+    assert measure_rows([0.1, 0.9], [1e-6, 0], ["q", "q"], ["mrr_at_10"]) == {"mrr_at_10": {"q": 0.5}}
+    assert measure_rows([0.1, 0.9], [1e-6, 1], ["q", "q"], ["recall_at_1"]) == {"recall_at_1": {"q": 0.5}}
 
 
 def test_the_mean_of_nothing_is_nan():
