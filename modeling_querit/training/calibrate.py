@@ -161,7 +161,8 @@ def fit(judged: JudgedScores, method: str) -> dict[str, Any]:
     if not 0 < relevant < len(judged.scores):
         kind = "relevant" if relevant else "not relevant"
         raise ValueError(f"All {len(judged.scores)} documents are {kind}: calibration needs both kinds.")
-    calibration = METHODS[method](judged)
+    # Of a single score, Platt's slope would be arbitrary.
+    calibration = METHODS[method](judged) if len(np.unique(judged.scores)) > 1 else {"slope": 0}
     # A fall within a query is ranked wrongly, too: no calibration mends it.
     if calibration.get("slope", 1) <= 0 or len(set(calibration.get("probabilities", (0, 1)))) < 2:
         raise ValueError("Relevant documents do not score higher than others: such a model cannot be calibrated.")

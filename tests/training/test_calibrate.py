@@ -120,6 +120,7 @@ def test_the_error_is_that_of_its_definition(pairs):
         ([0.1, 0.2], [True, True], "All 2 documents are relevant"),
         ([0.1, 0.2], [False, False], "All 2 documents are not relevant"),
         ([0.1, 0.5], [True, False], "do not score higher"),
+        ([0.5, 0.5], [True, False], "do not score higher"),
     ],
 )
 @pytest.mark.parametrize("method", ["platt", "isotonic"])
