@@ -20,7 +20,7 @@ from ..checkpoints.identity import identity_of
 from ..checkpoints.loading import default_device, load_model
 from ..files import atomic_write, plain_json, read_json, write_json
 from ..retrieval.collection import Collection
-from ..retrieval.runs import Run, read_run, write_run
+from ..retrieval.runs import Run, check_id, read_run, write_run
 from .evaluate import FIRST_STAGE, Evaluation, Reranker, evaluate_scores, score_query
 from .first_stages import (
     Candidates,
@@ -150,6 +150,9 @@ class EvaluationPipeline:
         candidates = find_candidates(collection, settings.first_stage, queries, settings.depth, embeddings)
         if empty := [query for query in queries if not candidates[query]]:
             self._echo(f"warning: {source.name}: {len(empty)} queries have no candidates, and count as 0.")
+        for query in queries:
+            for identifier in (query, *collection.qrels[query], *candidates[query]):
+                check_id(identifier, source.name)
         if not (self.folder / RECORD_FILE).exists():
             write_json(self._record, self.folder / RECORD_FILE)
         _write_qrels({query: collection.qrels[query] for query in queries}, folder / QRELS_FILE)

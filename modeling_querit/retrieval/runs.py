@@ -98,11 +98,22 @@ def write_run(
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for query, hits in run.items():
             for identifier in (query, *(document for document, _ in hits)):
-                if identifier.split() != [identifier]:
-                    raise ValueError(
-                        f"{path}: id {identifier!r} is empty or has white space, which TREC runs cannot hold."
-                    )
+                check_id(identifier, path)
             file.write(run_lines(query, hits, tag))
+
+
+def check_id(identifier: str, place: str | os.PathLike[str]) -> None:
+    """Check that TREC's formats can hold the id of a query or document.
+
+    Args:
+        identifier: The id.
+        place: File or collection, for the error message.
+
+    Raises:
+        ValueError: if it is empty or has white space.
+    """
+    if identifier.split() != [identifier]:
+        raise ValueError(f"{place}: id {identifier!r} is empty or has white space, which TREC runs cannot hold.")
 
 
 def fuse(

@@ -158,6 +158,7 @@ def bad_collections(folder):
     write_beir(folder / "empty", {}, texts, qrels)
     write_beir(folder / "unjudged", corpus, texts, {})
     write_beir(folder / "irrelevant", corpus, texts, {"q0": {"d0": 0}})
+    write_beir(folder / "spaced", corpus, texts, {"q0": {"d0": 1, "my document": 0}})
     write_beir(folder / "good", corpus, texts, qrels)
     (folder / "x.run").write_text("this is no run\n")
     (folder / "other.run").write_text("q0 Q0 nowhere 1 0.5 x\n")
@@ -168,6 +169,7 @@ def bad_collections(folder):
         (("--collection", folder / "empty"), "has no documents"),
         (("--collection", folder / "unjudged"), "no query has a relevant document"),
         (("--collection", folder / "irrelevant"), "no query has a relevant document"),
+        (("--collection", folder / "spaced"), "spaced:test: id 'my document' is empty or has white space"),
         (("--collection", folder / "nowhere"), "is missing"),
         ((*good, "--first-stage", folder / "x.run"), "x.run, line 1: not 'query Q0 document rank score tag'"),
         ((*good, "--first-stage", folder / "other.run"), "ranks document 'nowhere'"),
