@@ -72,6 +72,8 @@ class BulkSettings:
     def __post_init__(self) -> None:
         if self.depth is not None and self.depth < 1:
             raise ValueError(f"--depth is {self.depth}: rerank at least one document of a query.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"--max-length is {self.max_length}: a pair has at least one token.")
         if self.fuse is not None and not 0 <= self.fuse <= 1:
             raise ValueError(f"--fuse is {self.fuse}: the weight of the run's scores is in [0, 1].")
         if self.fusion not in NORMALIZATIONS:

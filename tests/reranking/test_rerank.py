@@ -177,6 +177,7 @@ BAD = {
     "output is a folder": ({"output": "."}, [], "is a folder"),
     "no output": ({"output": None}, [], "--run needs --output"),
     "depth": ({"depth": 0}, [], "--depth is 0"),
+    "length": ({"max_length": 0}, [], "--max-length is 0"),
     "fuse": ({"fuse": 1.5}, [], "--fuse is 1.5"),
     "fusion": ({"fusion": "sum"}, [], "Invalid value for '--fusion'"),
     "probability": ({"min_probability": 2}, [], "--min-probability is 2"),
