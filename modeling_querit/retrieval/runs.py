@@ -61,8 +61,11 @@ def parse_run_line(line: bytes, place: str) -> Hit:
     """
     fields = decode_line(line, place).split()
     try:
-        query, _, document, _, score = fields[:5]
+        query, _, document, _, score, *tag = fields
         value = float(score)
+        # As trec_eval does: with more columns, an id has a space, and the score is another column.
+        if len(tag) > 1:
+            raise ValueError
     except ValueError:
         raise ValueError(f"{place}: not 'query Q0 document rank score tag'.") from None
     if not math.isfinite(value):

@@ -25,7 +25,7 @@ def test_the_format_is_that_of_trec(tmp_path):
 
 
 def test_documents_are_ordered_by_score_not_rank(tmp_path):
-    (tmp_path / "a.run").write_text("q Q0 a 1 0.5 x\n\nr\tQ0\tz\t1\t1e-3\n  q Q0 b 2 7 x y\nq Q0 c 3 0.5 x\n")
+    (tmp_path / "a.run").write_text("q Q0 a 1 0.5 x\n\nr\tQ0\tz\t1\t1e-3\n  q Q0 b 2 7 x\nq Q0 c 3 0.5 x\n")
     assert read_run(tmp_path / "a.run") == {"q": [("b", 7.0), ("a", 0.5), ("c", 0.5)], "r": [("z", 0.001)]}
 
 
@@ -45,6 +45,7 @@ def test_ids_that_the_format_cannot_hold_are_refused(tmp_path, run):
     ("line", "message"),
     [
         ("q a 1 0.5 x", "not 'query Q0 document rank score tag'"),
+        ("q Q0 b c 1 7 x", "not 'query Q0 document rank score tag'"),
         ("q Q0 b 1 high x", "not 'query Q0 document rank score tag'"),
         ('{"q": {"a": 1}}', "not 'query Q0"),
         ("q Q0 b 1 nan x", "the score is nan"),
