@@ -58,9 +58,9 @@ class Collection:
         """
         folder = Path(folder)
         qrels: dict[str, dict[str, int]] = {}
-        for location, row in _read_tsv(folder / "qrels" / f"{split}.tsv"):
+        for location, columns in _read_tsv(folder / "qrels" / f"{split}.tsv"):
             try:
-                query_id, document_id, number = row
+                query_id, document_id, number = columns
                 grade = int(number)
             except ValueError:
                 raise ValueError(f"{location}: a row is query id, document id and a whole number.") from None
@@ -79,9 +79,9 @@ class Collection:
         candidates: dict[str, list[str]] = {}
         candidates_path = folder / "candidates" / f"{split}.tsv"
         if _plain_or_gzipped(candidates_path):
-            for _, row in _read_tsv(candidates_path):
-                if row[0] in queries and row[1] in documents:
-                    candidates.setdefault(row[0], []).append(row[1])
+            for _, columns in _read_tsv(candidates_path):
+                if columns[0] in queries and columns[1] in documents:
+                    candidates.setdefault(columns[0], []).append(columns[1])
         # Judgements of queries that are gone are dropped; a relevant document that is gone still counts as not found.
         qrels = {query: grades for query, grades in qrels.items() if query in queries}
         return cls(folder.name, documents, queries, qrels, candidates)

@@ -162,7 +162,7 @@ def fit(judged: JudgedScores, method: str) -> dict[str, Any]:
         kind = "relevant" if relevant else "not relevant"
         raise ValueError(f"All {len(judged.scores)} documents are {kind}: calibration needs both kinds.")
     # Of a single score, Platt's slope would be arbitrary.
-    calibration = METHODS[method](judged) if len(np.unique(judged.scores)) > 1 else {"slope": 0}
+    calibration: dict[str, Any] = METHODS[method](judged) if len(np.unique(judged.scores)) > 1 else {"slope": 0}
     # A fall within a query is ranked wrongly, too: no calibration mends it.
     if calibration.get("slope", 1) <= 0 or len(set(calibration.get("probabilities", (0, 1)))) < 2:
         raise ValueError("Relevant documents do not score higher than others: such a model cannot be calibrated.")
