@@ -41,17 +41,23 @@ def all_scores(saved_folders, forked_python, tmp_path_factory):
 
 
 @pytest.fixture
-def scores(all_scores, model, architecture):
+def scores(all_scores, models, architecture):
     """Scores of all runtimes, and those of `predict`."""
-    return all_scores[architecture], model.predict(tiny.pairs(tiny.STRINGS)).tolist()
+    return all_scores[architecture], models(architecture).predict(tiny.pairs(tiny.STRINGS)).tolist()
+
+
+# Parametrized here and not by the fixture of the session, for which pytest would tear down `all_scores` in between.
+of_both_architectures = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 
 
 @pytest.mark.slow
+@of_both_architectures
 def test_no_runtime_is_left_out(scores):
     assert list(scores[0]) == RUNTIMES
 
 
 @pytest.mark.slow
+@of_both_architectures
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_score_is_that_of_predict(scores, runtime):
     assert scores[0][runtime] == pytest.approx(scores[1], abs=1e-5)
