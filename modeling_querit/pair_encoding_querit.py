@@ -211,9 +211,13 @@ def document_text(document: Document) -> str:
 def _clean(text: str, what: str) -> str:
     if not isinstance(text, str):
         raise TypeError(f"A {what} is a string, not {describe(text)}.")
+    return replace_surrogates(text)
+
+
+def replace_surrogates(text: str) -> str:
+    """Replace surrogates, which UTF-8 cannot encode: pairs by their character, lone ones by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        # Surrogates cannot be encoded as UTF-8: pairs become their character, lone ones U+FFFD.
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text

@@ -6,11 +6,6 @@ from torch import nn
 
 from modeling_querit import ranking_querit
 
-# Streams
-
-
-STREAM = [f"{word} {number}" for word in ["book", "novel", "judge", "x"] for number in range(25)]
-
 
 @pytest.fixture
 def small_windows(monkeypatch):
@@ -23,7 +18,7 @@ def small_windows(monkeypatch):
 
 @pytest.fixture(scope="module")
 def stream_scores(models):
-    return models("qwen3").predict(tiny.pairs(STREAM)).tolist()
+    return models("qwen3").predict(tiny.pairs(tiny.STREAM)).tolist()
 
 
 class Documents:
@@ -31,7 +26,7 @@ class Documents:
 
     class Document(dict):
         def __init__(self, owner, index):
-            super().__init__(text=STREAM[index * 7 % len(STREAM)])
+            super().__init__(text=tiny.STREAM[index * 7 % len(tiny.STREAM)])
             self.owner = owner
             owner.held += 1
 
@@ -49,7 +44,7 @@ class Documents:
             yield document
 
     def expected(self, scores):
-        return [scores[index * 7 % len(STREAM)] for index in range(self.count)]
+        return [scores[index * 7 % len(tiny.STREAM)] for index in range(self.count)]
 
 
 @pytest.mark.slow
@@ -73,7 +68,7 @@ def test_top_k_of_a_stream(models, stream_scores, small_windows):
     assert documents.most <= 2 * small_windows + 30
     expected = sorted(documents.expected(stream_scores), reverse=True)[:30]
     assert [ranked.score for ranked in ranking] == pytest.approx(expected, abs=1e-5)
-    assert all(ranked.document["text"] == STREAM[ranked.index * 7 % len(STREAM)] for ranked in ranking)
+    assert all(ranked.document["text"] == tiny.STREAM[ranked.index * 7 % len(tiny.STREAM)] for ranked in ranking)
 
 
 def test_nothing_is_read_before_the_first_score_is_asked_for(models, stream_scores, small_windows):
@@ -84,21 +79,21 @@ def test_nothing_is_read_before_the_first_score_is_asked_for(models, stream_scor
     assert 0 < documents.read <= small_windows
     # A caller that has seen enough leaves a model that can be used.
     stream.close()
-    assert models("qwen3").predict(tiny.pairs(STREAM[:2])).tolist() == pytest.approx(stream_scores[:2], abs=1e-5)
+    assert models("qwen3").predict(tiny.pairs(tiny.STREAM[:2])).tolist() == pytest.approx(stream_scores[:2], abs=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [1, 5, 40])
 def test_ties_in_a_stream_keep_the_given_order(loaded, small_windows, top_k):
     nn.init.zeros_(loaded.score.weight)
     nn.init.zeros_(loaded.score.bias)
-    ranking = loaded.rank(tiny.QUERY, iter(STREAM), top_k=top_k, batch_tokens=512)
+    ranking = loaded.rank(tiny.QUERY, iter(tiny.STREAM), top_k=top_k, batch_tokens=512)
     assert [ranked.index for ranked in ranking] == list(range(top_k))
-    assert [ranked.document for ranked in ranking] == STREAM[:top_k]
+    assert [ranked.document for ranked in ranking] == tiny.STREAM[:top_k]
 
 
 def test_an_error_in_the_input_comes_through(models, small_windows):
     def documents():
-        yield from STREAM[:40]
+        yield from tiny.STREAM[:40]
         raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"):

@@ -1,6 +1,5 @@
 """Forward passes of a bounded size, and too little memory."""
 
-import time
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 from modeling_querit import ranking_querit, scoring_querit
 from modeling_querit.ranking_querit import score_stream
 from modeling_querit.scoring_querit import Optimizations, default_batch_tokens, plan_batches
-
-STREAM = [f"{word} {number}" for word in ["book", "novel", "judge", "x"] for number in range(25)]
 
 
 @pytest.fixture
@@ -66,10 +63,9 @@ def test_plan_batches(lengths, batch_tokens):
         assert (len(batch) + 1) * max(lengths[batch[0]], lengths[first]) > batch_tokens
 
 
-def test_planning_many_batches_is_quick():
-    start = time.process_time()
+def test_many_batches_are_planned():
+    # Planning that looked at all lengths for each batch would not end.
     assert sum(1 for _ in plan_batches([1] * 100_000, 1)) == 100_000
-    assert time.process_time() - start < 3
 
 
 def test_weights_that_float32_states_cannot_be_computed_with_are_computed_in_their_dtype(loaded, scores):
@@ -132,7 +128,7 @@ def limit_memory(models, monkeypatch):
 def test_out_of_memory_halves_the_batches(models, limit_memory, monkeypatch, error, packing):
     monkeypatch.setattr(ranking_querit, "_PASSES_PER_WINDOW", 2)
     monkeypatch.setattr(ranking_querit, "_TOKENIZED_TOGETHER", 16)
-    pairs = [(query, document) for document in STREAM for query in [tiny.QUERY, "a novel"]]
+    pairs = [(query, document) for document in tiny.STREAM for query in [tiny.QUERY, "a novel"]]
     expected = models("qwen3").predict(pairs).tolist()
     model, sizes, warnings = limit_memory(200, error)
     scored = score_stream(model, pairs, batch_tokens=1000, optimizations=Optimizations(packing=packing))
@@ -149,7 +145,7 @@ def test_out_of_memory_halves_the_batches(models, limit_memory, monkeypatch, err
 def test_out_of_memory_in_the_middle(models):
     """Scores that are known are kept, prefixes are computed anew."""
     model = models("qwen3")
-    expected = model.predict(tiny.pairs(STREAM)).tolist()
+    expected = model.predict(tiny.pairs(tiny.STREAM)).tolist()
     packs = []
 
     def fail_once(module, args, kwargs):
@@ -159,13 +155,13 @@ def test_out_of_memory_in_the_middle(models):
 
     handle = model.register_forward_pre_hook(fail_once, with_kwargs=True)
     try:
-        scores = model.predict(tiny.pairs(STREAM), batch_tokens=150).tolist()
+        scores = model.predict(tiny.pairs(tiny.STREAM), batch_tokens=150).tolist()
     finally:
         handle.remove()
     assert scores == pytest.approx(expected, abs=1e-5)
     assert packs[2].carried_length > 0
     assert packs[3].carried_length == 0
-    assert sum(len(pack.pairs) for pack in packs) == len(STREAM) + len(packs[2].pairs)
+    assert sum(len(pack.pairs) for pack in packs) == len(tiny.STREAM) + len(packs[2].pairs)
 
 
 @pytest.mark.parametrize("packing", [True, False])

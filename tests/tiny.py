@@ -44,6 +44,8 @@ DOCUMENTS = [
 STRINGS = [
     document if isinstance(document, str) else f"{document['title']} {document['text']}" for document in DOCUMENTS
 ]
+# Enough different documents for several forward passes.
+STREAM = [f"{word} {number}" for word in ["book", "novel", "judge", "x"] for number in range(25)]
 INSTRUCTION = "Find a novel."
 # Layouts of published checkpoints.
 LAYOUTS = {

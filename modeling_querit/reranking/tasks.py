@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from ..files import parse_json, read_lines
-from ..pair_encoding_querit import Document, Pair
+from ..pair_encoding_querit import Document, Pair, replace_surrogates
 from ..rejects import Rejects
 from ..retrieval.collection import checked_document
 from ..retrieval.runs import Hit, parse_run_line
@@ -271,7 +271,7 @@ def _store(database: sqlite3.Connection, kind: int, text: Text) -> None:
     name = text.id.encode("utf-8", "replace").decode()
     key = (kind, name)
     # As models are given it: SQLite cannot store lone surrogates.
-    content = text.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    content = replace_surrogates(text.text)
     stored = database.execute("UPDATE texts SET text = ? WHERE kind = ? AND name = ? AND text IS NULL", (content, *key))
     if not stored.rowcount and database.execute("SELECT 1 FROM texts WHERE kind = ? AND name = ?", key).fetchone():
         raise ValueError(f"{text.location}: the id {name} was there before.")

@@ -26,7 +26,7 @@ def min_max(scores: Sequence[float]) -> list[float]:
 
 def z_score(scores: Sequence[float]) -> list[float]:
     """Scale scores to mean 0 and standard deviation 1; all 0 if they are equal."""
-    # Sums of the largest floats are infinite; a power of two changes no digit.
+    # Sums of the largest floats are infinite; a power of two changes no digit but of the smallest ones.
     scores = [score * 2.0**-40 for score in scores]
     center, deviation = statistics.fmean(scores), statistics.pstdev(scores)
     return [(score - center) / deviation if deviation else 0.0 for score in scores]

@@ -61,11 +61,9 @@ def parse_run_line(line: bytes, place: str) -> Hit:
     """
     fields = decode_line(line, place).split()
     try:
-        query, _, document, _, score, *tag = fields
+        # The tag may be missing. As in trec_eval, there may be no more columns: an id would have a space.
+        query, _, document, _, score, _ = fields if len(fields) > 5 else [*fields, ""]
         value = float(score)
-        # As trec_eval does: with more columns, an id has a space, and the score is another column.
-        if len(tag) > 1:
-            raise ValueError
     except ValueError:
         raise ValueError(f"{place}: not 'query Q0 document rank score tag'.") from None
     if not math.isfinite(value):
